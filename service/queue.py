@@ -1,0 +1,68 @@
+"""The queue: service's only use of RQ. A queue entry is a hint that a job may be run; the claim in SQL decides.
+
+RQ's defaults hurt here and are switched off on purpose: a job may run for days (job_timeout 180 s), its outcome lives
+in SQL (result_ttl 500 s, failure_ttl 1 year), and a queued job waits as long as it must (ttl).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from redis import Redis
+from redis.exceptions import RedisError
+from rq import Queue
+from rq.exceptions import NoSuchJobError
+from rq.job import Job
+
+TASK = "worker.tasks.run_job"  # by name: service never imports worker
+
+
+class JobQueue:
+    """Puts job ids on an RQ queue. Redis only carries work: all of it can be put there again from SQL."""
+
+    def __init__(self, url: str, name: str) -> None:
+        self.redis: Any = Redis.from_url(url, socket_connect_timeout=3, health_check_interval=30)
+        self.rq = Queue(name, connection=self.redis, default_timeout=-1)
+
+    def enqueue(self, job_id: str) -> None:
+        """Put a job on the queue; a second entry does no harm. Raises redis.RedisError."""
+        self.rq.enqueue_call(TASK, args=(job_id,), job_id=job_id, timeout=-1, ttl=None, result_ttl=0, failure_ttl=0)
+
+    def enqueue_soon(self, job_id: str) -> bool:
+        """As `enqueue`, but a queue out of reach is not an error: reconcile() puts the job there later."""
+        try:
+            self.enqueue(job_id)
+        except RedisError:
+            return False
+        return True
+
+    def remove(self, job_id: str) -> None:
+        """Take a job off the queue, if it is there."""
+        try:
+            Job.fetch(job_id, connection=self.redis).delete()
+        except (NoSuchJobError, RedisError):
+            return
+
+    def waiting(self) -> set[str]:
+        """Job ids on the queue. Raises redis.RedisError."""
+        return set(self.rq.get_job_ids())
+
+    def ping(self) -> bool:
+        try:
+            return bool(self.redis.ping())
+        except RedisError:
+            return False
+
+    # A hub token lives only here, under the job's id, until the job ends; it is in no row, log, event or answer.
+    def keep_token(self, job_id: str, token: str) -> None:
+        self.redis.set(f"lorry:hub-token:{job_id}", token)
+
+    def token(self, job_id: str) -> str | None:
+        value = self.redis.get(f"lorry:hub-token:{job_id}")
+        return value.decode() if value else None
+
+    def forget_token(self, job_id: str) -> None:
+        try:
+            self.redis.delete(f"lorry:hub-token:{job_id}")
+        except RedisError:
+            return

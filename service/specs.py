@@ -1,0 +1,277 @@
+"""Job specs: what a client may ask for. A discriminated union on `kind`; unknown fields are errors.
+
+Field names are those of PEFT, TRL, transformers and datasets; the training defaults are a practitioner's recipe for
+continued pre-training in a new language or domain and instruction tuning on top of it.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+
+# transformers.training_args.OptimizerNames and trainer_utils.SchedulerType, 5.17 (a test compares them), less those
+# that need more arguments or packages than a spec can carry.
+Optimizer = Literal[
+    "adamw_8bit", "adamw_bnb_8bit", "adamw_torch", "adamw_torch_fused", "paged_adamw_32bit", "paged_adamw_8bit",
+    "adafactor", "sgd", "adagrad", "rmsprop", "lion_8bit", "lion_32bit", "paged_lion_32bit", "paged_lion_8bit",
+    "ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit",
+]  # fmt: skip
+Scheduler = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+]  # fmt: skip
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+
+
+def check_adapter_name(name: str) -> str:
+    """Accept a name that is safe as a folder, a URL segment and an OpenAI model id. Raises ValueError."""
+    if not _NAME.fullmatch(name):
+        raise ValueError("an adapter's name is 1 to 96 letters, digits, '.', '_' or '-', and starts with a letter or digit")
+    return name
+
+
+def check_adapter_ref(ref: str) -> str:
+    """Accept `name` or `name@step`. Raises ValueError."""
+    name, at, step = ref.partition("@")
+    check_adapter_name(name)
+    if at and not step.isdecimal():
+        raise ValueError("a checkpoint is named adapter@step, with a whole number as step")
+    return ref
+
+
+AdapterName = Annotated[str, AfterValidator(check_adapter_name)]
+AdapterRef = Annotated[str, AfterValidator(check_adapter_ref)]
+
+
+class Spec(BaseModel):
+    """Base of every part of a spec: unknown fields are errors, and a spec never changes once made."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelSpec(Spec):
+    """The base model."""
+
+    name: str | None = Field(None, min_length=1, description="Built-in name, hub id or local folder. Default: the server's LORRY_BASE_MODEL.")
+    revision: str | None = Field(None, description="Hub branch, tag or commit.")
+    max_seq_length: int = Field(2048, ge=16, le=1_048_576, description="Longest training sequence, in tokens; longer text is cut into windows (CPT) or truncated (IFT).")
+    load_in_4bit: bool = Field(True, description="Hold the frozen base in NF4 (QLoRA).")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="Compute type; auto is bfloat16 where the device has it, else float32 on a CPU and float16 on a GPU."
+    )
+
+
+class LoftqSpec(Spec):
+    """LoftQ initialisation (Li et al. 2023, arXiv 2310.08659) of the LoRA matrices against NF4's rounding error."""
+
+    loftq_bits: Literal[4] = Field(4, description="Bits of the quantised base; only 4.")
+    loftq_iter: int = Field(1, ge=1, le=10, description="Alternating iterations per layer.")
+
+
+class LoraSpec(Spec):
+    """peft.LoraConfig's fields."""
+
+    r: int = Field(64, ge=1, le=1024, description="Rank of the update matrices.")
+    lora_alpha: float = Field(128, gt=0, description="Scaling numerator: the update is scaled by lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the LoRA matrices, as a fraction.")
+    bias: Literal["none", "all", "lora_only"] = Field("none", description="Which biases are trained.")
+    use_rslora: bool = Field(True, description="Rank-stabilised scaling (Kalajdzievski 2023, arXiv 2312.03732).")
+    loftq_config: LoftqSpec | None = Field(None, description="LoftQ initialisation; needs model.load_in_4bit and a base with 16-bit weights.")
+    target_modules: list[str] = Field(PROJECTIONS, min_length=1, description="Linear layers that get a LoRA.")
+    train_embeddings: bool = Field(True, description="Train embed_tokens and lm_head fully, at training.embedding_learning_rate.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        full = {"embed_tokens", "lm_head"} & set(self.target_modules)
+        if full:
+            # In target_modules they would become LoRA targets at the main learning rate.
+            raise ValueError(f"target_modules: {', '.join(sorted(full))} cannot be a LoRA target here; set train_embeddings to train it fully")
+        if len(set(self.target_modules)) != len(self.target_modules):
+            raise ValueError("target_modules: a name stands twice")
+        return self
+
+
+class TemplateSpec(Spec):
+    """How a row becomes text. Either `prompt` (with `response` for instruction data) or `chat_template`."""
+
+    prompt: str | None = Field(None, description="Text with {column} placeholders, e.g. '### 제목: {title}\\n\\n{text}'. '{{' and '}}' are literal braces.")
+    response: str | None = Field(None, description="Text of the answer, with {column} placeholders; what train_on_responses_only trains on.")
+    chat_template: str | None = Field(
+        None,
+        description="'default' (the model's own), a name of Unsloth's get_chat_template (e.g. 'llama-3.1', 'chatml') or a Jinja string; "
+        "rows have a messages (role/content) or conversations (ShareGPT from/value) column.",
+    )
+    system: str | None = Field(None, description="System message put before conversations that have none (chat templates only).")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.prompt is None) == (self.chat_template is None):
+            raise ValueError("give either prompt or chat_template")
+        if self.chat_template is not None and self.response is not None:
+            raise ValueError("response goes with prompt, not with chat_template")
+        if self.system is not None and self.chat_template is None:
+            raise ValueError("system goes with chat_template")
+        return self
+
+
+class DatasetSpec(Spec):
+    """Where the rows come from: a hub set (`path`) or an upload (`file_id`)."""
+
+    path: str | None = Field(None, min_length=1, description="Hub id or local folder, as in datasets.load_dataset.")
+    name: str | None = Field(None, description="Configuration of the hub set.")
+    revision: str | None = Field(None, description="Hub branch, tag or commit of the set.")
+    split: str = Field("train", min_length=1, description="Split, with datasets' slicing, e.g. 'train[:10%]'.")
+    file_id: str | None = Field(None, description="Id of an upload (POST /v1/files).")
+    streaming: bool = Field(False, description="Read the hub set as a stream and keep max_samples rows of it.")
+    max_samples: int | None = Field(None, ge=1, description="At most this many rows, chosen by seed (the first ones when streaming).")
+    test_size: float = Field(0.01, ge=0, description="Evaluation rows: a fraction below 1, or a number of rows; 0 for none.")
+    seed: int = Field(42, ge=0, le=2**32 - 1, description="Seed of the shuffle and of the split.")
+    template: TemplateSpec = Field(description="How a row becomes text.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.path is None) == (self.file_id is None):
+            raise ValueError("give either path or file_id")
+        if self.streaming and self.path is None:
+            raise ValueError("streaming: only for hub sets")
+        if self.streaming and self.max_samples is None:
+            raise ValueError("streaming: needs max_samples, the number of rows to take from the stream")
+        if self.test_size >= 1 and self.test_size != int(self.test_size):
+            raise ValueError("test_size: a fraction below 1 or a whole number of rows")
+        return self
+
+
+class TrainingSpec(Spec):
+    """transformers.TrainingArguments' fields, plus Unsloth's embedding_learning_rate."""
+
+    per_device_train_batch_size: int = Field(8, ge=1, le=4096, description="Sequences per forward pass.")
+    per_device_eval_batch_size: int = Field(8, ge=1, le=4096, description="Sequences per evaluation pass.")
+    gradient_accumulation_steps: int = Field(2, ge=1, le=4096, description="Forward passes per optimiser step; the loss is averaged over all their tokens.")
+    warmup_ratio: float = Field(0.1, ge=0, le=1, description="Fraction of the steps over which the learning rate rises from 0.")
+    num_train_epochs: float = Field(1, gt=0, le=1000, description="Passes over the data; max_steps overrides it.")
+    max_steps: int = Field(-1, ge=-1, description="Optimiser steps; -1: as num_train_epochs says.")
+    learning_rate: float = Field(5e-5, gt=0, le=1, description="Peak learning rate of the LoRA matrices.")
+    embedding_learning_rate: float = Field(1e-5, gt=0, le=1, description="Peak learning rate of embed_tokens and lm_head.")
+    optim: Optimizer = Field("adamw_8bit", description="Optimiser; on a machine without a GPU the 8-bit and paged ones become adamw_torch_fused, and the run's record says so.")
+    weight_decay: float = Field(0.01, ge=0, le=1, description="Decoupled weight decay.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Gradient clipping norm; 0 turns it off.")
+    lr_scheduler_type: Scheduler = Field("linear", description="Shape of the learning rate after the warm-up.")
+    logging_steps: int = Field(100, ge=1, description="Optimiser steps between training metrics; the first and last step are always logged.")
+    eval_steps: int = Field(500, ge=1, description="Optimiser steps between evaluations; there is one before the first step and one after the last, too.")
+    save_steps: int = Field(1000, ge=1, description="Optimiser steps between checkpoints.")
+    save_total_limit: int = Field(5, ge=1, description="Checkpoints kept; the best one stays with load_best_model_at_end.")
+    packing: Literal["auto"] | bool = Field("auto", description="Several rows in one sequence, each with its own attention; auto: where the device has an exact kernel for it.")
+    early_stopping_patience: int | None = Field(None, ge=1, description="Stop after this many evaluations without a lower eval_loss; implies load_best_model_at_end.")
+    load_best_model_at_end: bool = Field(False, description="Keep the checkpoint with the lowest eval_loss as the adapter.")
+    train_on_responses_only: bool = Field(False, description="Mask prompts, so that only answers are trained on (instruction tuning).")
+    seed: int = Field(3407, ge=0, le=2**32 - 1, description="Seed of initialisation, order of rows and dropout.")
+
+    @property
+    def keeps_best(self) -> bool:
+        return self.load_best_model_at_end or self.early_stopping_patience is not None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.max_steps == 0:
+            raise ValueError("max_steps: -1 or at least 1")
+        if self.keeps_best and self.save_steps % self.eval_steps:
+            raise ValueError("save_steps: must be a multiple of eval_steps when the best checkpoint is kept, so that each checkpoint has an eval_loss")
+        return self
+
+
+class InitSpec(Spec):
+    """The adapter an instruction tuning starts from."""
+
+    adapter: AdapterRef = Field(description="Name of a finished adapter, or of the adapter of a job in `after`; name@step for a checkpoint.")
+    mode: Literal["continue", "stack", "merge"] = Field(
+        "continue",
+        description="continue: train the adapter's own matrices on. stack: freeze it and train a second LoRA on top. "
+        "merge: fold it into 16-bit base weights and train a new LoRA on those. All give one adapter for the same base.",
+    )
+
+
+class HubSpec(Spec):
+    """Where to push."""
+
+    repo_id: str = Field(pattern=r"^[\w.-]+/[\w.-]+$", description="owner/name.")
+    private: bool = Field(True, description="Create the repository as private.")
+
+
+class JobSpec(Spec):
+    after: list[str] = Field(default_factory=list, max_length=64, description="Ids of jobs that must succeed first; if one fails, this one fails with its reason.")
+    push_to_hub: HubSpec | None = Field(None, description="Push the result to a hub.")
+
+
+class TrainSpec(JobSpec):
+    adapter: AdapterName = Field(description="Name of the adapter to make; must be free.")
+    model: ModelSpec = Field(default_factory=ModelSpec, description="Base model.")
+    lora: LoraSpec = Field(default_factory=LoraSpec, description="LoRA.")
+    dataset: DatasetSpec = Field(description="Data.")
+    training: TrainingSpec = Field(default_factory=TrainingSpec, description="Optimisation.")
+
+    @model_validator(mode="after")
+    def _check_train(self) -> Self:
+        if self.lora.loftq_config and not self.model.load_in_4bit:
+            raise ValueError("lora.loftq_config: needs model.load_in_4bit, since it corrects 4-bit rounding")
+        if self.training.keeps_best and self.dataset.test_size == 0:
+            raise ValueError("training: keeping the best checkpoint needs evaluation rows (dataset.test_size)")
+        return self
+
+
+class CptSpec(TrainSpec):
+    """Continued pre-training on raw text."""
+
+    kind: Literal["cpt"] = Field(description="Continued pre-training.")
+
+    @model_validator(mode="after")
+    def _check_cpt(self) -> Self:
+        if self.dataset.template.response is not None:
+            raise ValueError("dataset.template.response: continued pre-training trains on all text; put it into prompt")
+        if self.training.train_on_responses_only:
+            raise ValueError("training.train_on_responses_only: only for ift")
+        return self
+
+
+class IftSpec(TrainSpec):
+    """Instruction fine-tuning."""
+
+    kind: Literal["ift"] = Field(description="Instruction fine-tuning.")
+    init: InitSpec | None = Field(None, description="Adapter to start from; none: the base model.")
+
+    @model_validator(mode="after")
+    def _check_ift(self) -> Self:
+        template = self.dataset.template
+        if template.prompt is not None and template.response is None:
+            raise ValueError("dataset.template.response: instruction tuning needs the answer apart from the prompt")
+        if self.init and self.init.mode == "merge" and self.model.load_in_4bit:
+            raise ValueError("model.load_in_4bit: init.mode 'merge' folds the adapter into 16-bit weights; set it to false, or use 'stack'")
+        if self.init and self.init.mode == "continue" and self.lora.loftq_config:
+            raise ValueError("lora.loftq_config: 'continue' goes on from the adapter's own matrices, which LoftQ would replace")
+        return self
+
+
+class ExportSpec(JobSpec):
+    """Write an adapter in a form other tools load."""
+
+    kind: Literal["export"] = Field(description="Export.")
+    adapter: AdapterRef = Field(description="Adapter to export, or name@step.")
+    format: Literal["lora", "merged_16bit", "merged_4bit", "gguf"] = Field("lora", description="lora: PEFT folder; merged_16bit: a transformers model.")
+    quantization_method: str | None = Field(None, description="GGUF only, e.g. q4_k_m.")
+    verify: bool = Field(True, description="Reload the result and compare its next-token distributions with the live adapter's.")
+
+    @model_validator(mode="after")
+    def _check_export(self) -> Self:
+        if self.quantization_method is not None and self.format != "gguf":
+            raise ValueError("quantization_method: only for format gguf")
+        return self
+
+
+AnySpec = Annotated[CptSpec | IftSpec | ExportSpec, Field(discriminator="kind")]
+_SPECS: TypeAdapter[CptSpec | IftSpec | ExportSpec] = TypeAdapter(AnySpec)
+
+
+def parse_spec(data: Any) -> CptSpec | IftSpec | ExportSpec:
+    """Validate a stored or received spec. Raises pydantic.ValidationError."""
+    return _SPECS.validate_python(data)
