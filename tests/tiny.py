@@ -73,7 +73,7 @@ def make_tiny_tokenizer(folder: Path, *, vocab: int = 1000) -> Any:
 def make_tiny_base(
     folder: Path | str, *, tie: bool = False, vocab: int = 1000, hidden: int = 64, layers: int = 2, seed: int = 0
 ) -> Path:
-    """Write a random Llama (float32 safetensors) and its tokenizer into `folder`; the same arguments give the same bytes.
+    """Write a random Llama (float32 safetensors) and its tokenizer into `folder`; same arguments, same bytes.
 
     `hidden` should be a multiple of 64, NF4's block size, so that bitsandbytes can quantise every matrix.
     """
