@@ -23,7 +23,7 @@ from service.errors import Invalid
 
 
 class StoredTemplate(BaseModel):
-    """A template with all that is needed to render it again; written as lorry_template.json beside an adapter's weights.
+    """A template with all that is needed to render it again; lorry_template.json beside an adapter's weights.
 
     `bos` stands before a rendered prompt so that BOS is there exactly once: "" if the template writes it or if the
     tokenizer adds none. `raw_bos` does the same for a raw prompt, which no template writes a BOS for; None means `bos`.
@@ -53,7 +53,7 @@ class StoredTemplate(BaseModel):
     def _add_fingerprint(cls, data: Any) -> Any:
         if not isinstance(data, Mapping) or data.get("fingerprint"):
             return data
-        fields = {name: data.get(name, field.get_default()) for name, field in cls.model_fields.items()}
+        fields = {name: data.get(name, field.default) for name, field in cls.model_fields.items()}
         return {**data, "fingerprint": _digest(fields)}
 
     @model_validator(mode="after")
@@ -71,7 +71,7 @@ class StoredTemplate(BaseModel):
 
 def _digest(fields: Mapping[str, Any]) -> str:
     content = {k: v for k, v in sorted(fields.items()) if k != "fingerprint"}
-    return hashlib.sha256(json.dumps(content, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content, ensure_ascii=False, sort_keys=True, default=str).encode()).hexdigest()
 
 
 # Prompt templates
@@ -108,7 +108,7 @@ def _parts(text: str) -> tuple[tuple[str, str | None], ...]:
 
 
 def fields_of(text: str) -> list[str]:
-    """Columns a prompt template names, each once, in order. Raises ValueError with the position of a malformed brace."""
+    """Columns a prompt template names, each once, in order. Raises ValueError with a malformed brace's position."""
     return list(dict.fromkeys(name for _, name in _parts(text) if name is not None))
 
 
@@ -140,7 +140,7 @@ def _text(name: str, value: Any) -> str:
 
 def _kind(value: Any) -> str:
     for types, word in (((list, tuple), "a list"), (Mapping, "an object"), (bytes, "bytes"), (bool, "a boolean")):
-        if isinstance(value, types):  # type: ignore[arg-type]
+        if isinstance(value, types):
             return word
     return "a number" if isinstance(value, (int, float)) else "null" if value is None else f"a {type(value).__name__}"
 
@@ -281,9 +281,8 @@ def render_generation(
 
     Raises Invalid with `param`.
     """
-    given = [
-        name for name, value in (("prompt", prompt), ("messages", messages), ("inputs", inputs)) if value is not None
-    ]
+    ways = {"prompt": prompt, "messages": messages, "inputs": inputs}
+    given = [name for name, value in ways.items() if value is not None]
     if len(given) != 1:
         raise Invalid("give exactly one of prompt, messages and inputs", param=given[1] if given else "prompt")
     if tools and (messages is None or t.kind != "chat"):
@@ -341,5 +340,5 @@ def _render_inputs(t: StoredTemplate, inputs: Mapping[str, Any]) -> str:
     try:
         return "".join(_fill(parts, inputs))
     except ValueError as e:
-        name = next(n for n in names if n in inputs and f"'{n}'" in str(e))
-        raise Invalid(str(e).replace("column ", "inputs "), param=f"inputs.{name}") from None
+        bad = next(n for n in names if n in inputs and f"column '{n}'" in str(e))
+        raise Invalid(str(e).replace(f"column '{bad}'", f"inputs.{bad}"), param=f"inputs.{bad}") from None
