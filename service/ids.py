@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 
@@ -12,3 +13,8 @@ def new_id(prefix: str) -> str:
     The same layout as UUIDv7 (RFC 9562) without its version bits.
     """
     return f"{prefix}_{time.time_ns() // 1_000_000:012x}{secrets.token_hex(6)}"
+
+
+def is_id(text: str, prefix: str) -> bool:
+    """Whether `text` has the form that new_id(prefix) gives; anything else need not be looked up."""
+    return re.fullmatch(rf"{prefix}[_-][0-9a-f]{{24}}", text) is not None

@@ -1,0 +1,193 @@
+"""create_app(): lifespan, routers, one error handler."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import importlib.util
+import logging
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from prometheus_client import CollectorRegistry
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
+
+from service import health
+from service.adapters import endpoints as adapters
+from service.auth import BearerAuth
+from service.db import Database
+from service.errors import BadRequest, Invalid, LorryError, UnsupportedMedia
+from service.files import endpoints as files
+from service.graphs import router as graphs
+from service.jobs import endpoints as jobs
+from service.jobs.events import EventHub
+from service.migrate import is_current
+from service.queue import JobQueue
+from service.reconcile import reconcile
+from service.settings import Settings, get_settings
+from service.telemetry import Telemetry
+
+log = logging.getLogger("lorry.api")
+VERSION = "0.1.0"
+
+
+class ErrorDetail(BaseModel):
+    type: str = Field(description="Family of the error, e.g. invalid_request_error, not_found_error, conflict_error.")
+    message: str = Field(description="What is wrong and, where there is one, the way out.")
+    param: str | None = Field(description="Path of the field at fault, e.g. lora.r; null if no field is.")
+    code: str = Field(description="Stable identifier of this error, for programs.")
+
+
+class ErrorBody(BaseModel):
+    """Every answer of status 400 and above."""
+
+    error: ErrorDetail = Field(description="The error.")
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """The HTTP application. Its start fails if the database is not migrated."""
+    settings = settings or get_settings()
+    registry = CollectorRegistry()
+    app = FastAPI(
+        title="lorry",
+        version=VERSION,
+        description="Trains LoRA adapters over HTTP and serves them the moment they are trained.",
+        lifespan=_lifespan,
+        responses={"4XX": {"model": ErrorBody, "description": "The request cannot be served as it is."}},
+        redirect_slashes=False,
+    )
+    app.state.settings = settings
+    app.state.registry = registry
+    for router in (files.router, jobs.router, graphs, adapters.router, health.router):
+        app.include_router(router)
+    for name in ("service.generate.endpoints", "service.openai.endpoints"):  # being written
+        if importlib.util.find_spec(name):
+            app.include_router(importlib.import_module(name).router)
+    app.add_exception_handler(LorryError, _render)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http_error)
+    if settings.api_key:
+        app.add_middleware(BearerAuth, api_key=settings.api_key)
+    app.add_middleware(Telemetry, registry=registry)  # added last, so outermost
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    settings: Settings = app.state.settings
+    url = settings.sqlalchemy_url
+    if not await asyncio.to_thread(is_current, url):
+        raise RuntimeError("the database is not at the newest migration: run `lorry migrate`")
+    app.state.db = db = Database(url)
+    app.state.queue = queue = JobQueue(settings.redis_url, settings.queue)
+    engine = None
+    if importlib.util.find_spec("service.engine_client"):
+        engine = app.state.engine = importlib.import_module("service.engine_client").EngineClient(settings)
+    app.state.events = hub = EventHub(db)
+    loop = asyncio.create_task(_reconcile_forever(db, queue, settings))
+    try:
+        yield
+    finally:
+        loop.cancel()
+        await asyncio.gather(loop, return_exceptions=True)
+        await hub.close()
+        if engine is not None:
+            await engine.aclose()
+        queue.redis.close()
+        db.dispose()
+
+
+async def _reconcile_forever(db: Database, queue: JobQueue, settings: Settings) -> None:
+    while True:
+        try:
+            await asyncio.to_thread(reconcile, db, queue, settings)
+        except Exception:  # the database may be away for a while; the next pass tries again
+            log.exception("reconcile failed, will try again in %g s", settings.reconcile_seconds)
+        await asyncio.sleep(settings.reconcile_seconds)
+
+
+async def _render(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, LorryError)
+    return JSONResponse(error.body(), error.status, headers=error.headers)
+
+
+async def _http_error(request: Request, error: Exception) -> JSONResponse:
+    """Starlette's own: unknown path, wrong method, unreadable body."""
+    assert isinstance(error, HTTPException)
+    kind, code = {404: ("not_found_error", "not_found"), 405: ("invalid_request_error", "method_not_allowed")}.get(
+        error.status_code, ("invalid_request_error", "bad_request")
+    )
+    message = {404: f"no such path: {request.url.path}", 405: f"{request.method} is not allowed here"}.get(
+        error.status_code, str(error.detail)
+    )
+    body = {"error": {"type": kind, "message": message, "param": None, "code": code}}
+    return JSONResponse(body, error.status_code, headers=dict(error.headers or {}))
+
+
+async def _invalid(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    found = validation_error(error, request.headers.get("content-type", ""))
+    return JSONResponse(found.body(), found.status)
+
+
+def validation_error(error: RequestValidationError, content_type: str = "application/json") -> LorryError:
+    """The first of pydantic's errors in our shape, with a count of the others."""
+    errors = error.errors()
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        reason = first.get("ctx", {}).get("error", "malformed JSON")
+        return BadRequest(f"the body is not JSON: {reason} (at byte {first['loc'][-1]})", code="invalid_json")
+    if isinstance(error.body, bytes) and error.body and "json" not in content_type.lower():
+        return UnsupportedMedia(f"Content-Type is {content_type or 'missing'}; this call takes application/json")
+    param, message = _locate(first, error.body)
+    if len(errors) > 1:
+        others = ", ".join(dict.fromkeys(p or "body" for p, _ in (_locate(e, error.body) for e in errors[1:])))
+        message += f" (and {len(errors) - 1} more: {others})"
+    return Invalid(f"{param}: {message}" if param else message, param=param, code=_CODES.get(first["type"]))
+
+
+_CODES = {"extra_forbidden": "unknown_field", "missing": "missing_field"}
+_OWN_PATH = re.compile(r"([a-z_]+(?:\.[a-z_0-9]+)*): (.+)", re.DOTALL)
+
+
+def _locate(item: Any, body: Any) -> tuple[str | None, str]:
+    """(dotted path, message) of one pydantic error.
+
+    pydantic puts the names of union members between field names; what cannot be followed in the body is such a name.
+    """
+    source, *rest = item["loc"]
+    path: list[str] = []
+    here = body if source == "body" else None
+    for depth, part in enumerate(rest):
+        last = depth == len(rest) - 1
+        if source != "body":
+            path.append(str(part))
+        elif isinstance(here, dict):
+            if part in here:
+                path.append(str(part))
+                here = here[part]
+            elif last and item["type"] == "missing":
+                path.append(str(part))
+        elif isinstance(here, list) and isinstance(part, int) and part < len(here):
+            path.append(str(part))
+            here = here[part]
+    message = item["msg"]
+    if item["type"] == "extra_forbidden":
+        message = "unknown field"
+    elif item["type"] == "missing":
+        message = "is required" if path else "the body is empty; send JSON"
+    elif item["type"] in ("union_tag_not_found", "union_tag_invalid"):
+        path.append("kind")
+    elif item["type"] == "value_error":
+        message = message.removeprefix("Value error, ")
+        own = _OWN_PATH.fullmatch(message)
+        if own:  # the specs' own checks begin with the path below the model that has the check
+            path += own[1].split(".")
+            message = own[2]
+    return ".".join(path) or None, message
