@@ -32,6 +32,9 @@ class Settings(BaseSettings):
     engine_max_queue: int = Field(64, ge=1, description="Requests waiting for the engine before it answers 503.")
     engine_max_batch: int = Field(16, ge=1, description="Requests the engine runs at once.")
     engine_max_adapters: int = Field(16, ge=1, description="Adapters kept loaded in the engine; the least recently used leaves first.")
+    engine_cache_bytes: int = Field(
+        0, ge=0, description="Key-value memory of the engine, in bytes; 0 takes what a full batch of longest requests needs, within half of what is free."
+    )
     base_model: str = Field(
         "smollm2-135m-instruct", description="Base model of the engine and of specs that name none: built-in name, hub id or folder."
     )

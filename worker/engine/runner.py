@@ -1,0 +1,177 @@
+"""The base model and one step of it: packed tokens in, one row of logits for each request that samples out."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.modeling_utils import AttentionInterface
+
+from service.settings import Settings
+from worker import base_model
+from worker.engine.adapters import BaseInfo, tokenizer_hash
+from worker.engine.cache import PagedCache
+from worker.engine.lora import LoraBank, segments
+from worker.engine.scheduler import Scheduled
+
+log = logging.getLogger("lorry.engine")
+BLOCK_SIZE = 16  # tokens
+_runners = itertools.count()
+
+
+class UnsupportedModel(Exception):
+    """The base model is built in a way that packed steps and paged memory do not fit."""
+
+
+class ModelRunner:
+    """Holds the base model, its cache and the adapter sites. `forward` is called from one thread only."""
+
+    def __init__(self, settings: Settings, *, num_blocks: int | None = None) -> None:
+        if settings.torch_threads:
+            torch.set_num_threads(settings.torch_threads)
+        self.name = settings.base_model
+        self.load_in_4bit = settings.engine_load_in_4bit
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = _dtype(settings.engine_dtype, self.device)
+        self.path = base_model.resolve(settings.base_model, settings)
+        self.model = _load_model(self.path, self.dtype, self.device, settings)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=settings.trust_remote_code)
+        config = self.model.config.get_text_config()
+        self.max_model_len = min(
+            settings.engine_max_seq_length,
+            getattr(config, "max_position_embeddings", None) or settings.engine_max_seq_length,
+        )
+        self.eos_token_ids = _eos_ids(self.model, self.tokenizer)
+        self.vocab_size = int(self.model.get_input_embeddings().weight.shape[0])
+        self.bank = LoraBank(self.model, self.model.get_output_embeddings())
+        self.cache = PagedCache(BLOCK_SIZE, self.device)
+        _attend_with(self.model, self.cache)
+        self._probe(config.num_hidden_layers)
+        # The memory bound: what every place in the batch could need, within the budget.
+        wanted = settings.engine_max_batch * -(-self.max_model_len // BLOCK_SIZE)
+        per_block = self.cache.bytes_per_block(self.dtype)
+        budget = settings.engine_cache_bytes or _free_memory(self.device) // 2
+        self.num_blocks = num_blocks or max(1, min(wanted, budget // per_block))
+        self.cache.allocate(self.num_blocks, self.dtype)
+        self.max_model_len = min(self.max_model_len, self.num_blocks * BLOCK_SIZE)
+        # A chunk is long enough to use the device and short enough not to be felt by running streams.
+        self.max_step_tokens = max(256 if self.device.type == "cpu" else 2048, settings.engine_max_batch)
+        log.info(
+            "base %s in %s on %s: %d cache blocks of %d tokens (%.0f MiB), up to %d tokens a request",
+            self.name, "nf4" if self.load_in_4bit else self.dtype, self.device, self.num_blocks, BLOCK_SIZE, self.num_blocks * per_block / 2**20, self.max_model_len,
+        )  # fmt: skip
+
+    def base_info(self) -> BaseInfo:
+        names = frozenset({self.name, self.path, str(self.model.config._name_or_path or self.path)})
+        folder = Path(self.path)
+        return BaseInfo(
+            names=names,
+            model=self.model,
+            head=self.bank.head,
+            tokenizer=self.tokenizer,
+            tokenizer_hash=tokenizer_hash(folder) if folder.is_dir() else None,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    @torch.inference_mode()
+    def forward(self, step: list[Scheduled]) -> tuple[torch.Tensor, list[Scheduled]]:
+        """Run a step. Returns float logits [rows, vocabulary] and the scheduled requests they belong to, row by row."""
+        # Decodes first, as the cache wants them; neighbours of the same adapter share a segment.
+        order = sorted(step, key=lambda s: (not (s.count == 1 and s.start > 0), id(s.request.adapter)))
+        ids: list[int] = []
+        positions: list[int] = []
+        rows: list[int] = []
+        for s in order:
+            ids += s.request.tokens(s.start, s.start + s.count)
+            positions += range(s.start, s.start + s.count)
+            if s.samples:
+                rows.append(len(ids) - 1)
+        sampling = [s for s in order if s.samples]
+        self.bank.token_segments = segments([s.request.adapter for s in order], [s.count for s in order])
+        self.bank.row_segments = segments([s.request.adapter for s in sampling], [1] * len(sampling))
+        self.cache.step = self.cache.plan(order)
+        out = self.model(
+            input_ids=torch.tensor([ids], device=self.device),
+            position_ids=torch.tensor([positions], device=self.device),
+            logits_to_keep=torch.tensor(rows or [len(ids) - 1], device=self.device),
+            use_cache=False,
+        )
+        return out.logits[0][: len(rows)], sampling
+
+    @torch.inference_mode()
+    def _probe(self, layers: int) -> None:
+        """A pass over a few tokens, which tells the cache each layer's shape and whether the model can be served at all."""
+        self.cache.step = None
+        try:
+            self.model(
+                input_ids=torch.arange(4, device=self.device)[None],
+                position_ids=torch.arange(4, device=self.device)[None],
+                use_cache=False,
+            )
+        except NotImplementedError as error:
+            raise UnsupportedModel(f"{self.name}: {error}") from error
+        if set(self.cache.shapes) != set(range(layers)):
+            raise UnsupportedModel(
+                f"{self.name}: only {len(self.cache.shapes)} of its {layers} layers are attention through transformers' attention interface"
+            )
+
+
+def _load_model(path: str, dtype: torch.dtype, device: torch.device, settings: Settings) -> Any:
+    kwargs: dict[str, Any] = {
+        "dtype": dtype,
+        "device_map": {"": device},
+        "attn_implementation": "sdpa",
+        "trust_remote_code": settings.trust_remote_code,
+    }
+    if settings.engine_load_in_4bit:
+        kwargs["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+    return AutoModelForCausalLM.from_pretrained(path, **kwargs).eval()
+
+
+def _attend_with(model: nn.Module, cache: PagedCache) -> None:
+    """Route the model's attention to the cache. A name of its own, because the registry is the process's."""
+    name = f"lorry_paged_{next(_runners)}"
+    AttentionInterface.register(name, cache.attention)
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and hasattr(config, "_attn_implementation"):
+            # Unknown to transformers' mask functions on purpose: they then make no mask, which would be as large as the
+            # square of the step.
+            config._attn_implementation = name
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in ("bfloat16", "float16", "float32"):
+        raise ValueError(f"LORRY_ENGINE_DTYPE: {name} is none of auto, bfloat16, float16, float32")
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
+def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """End tokens: the generation config's (Llama 3 Instruct has several), the config's and the tokenizer's."""
+    ids: set[int] = set()
+    for value in (
+        getattr(model.generation_config, "eos_token_id", None),
+        getattr(model.config, "eos_token_id", None),
+        tokenizer.eos_token_id,
+    ):
+        if value is not None:
+            ids.update(value if isinstance(value, list) else [value])
+    return frozenset(ids)
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
