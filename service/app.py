@@ -15,7 +15,6 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import CollectorRegistry
-from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from service import health
@@ -24,6 +23,7 @@ from service.auth import BearerAuth
 from service.db import Database
 from service.errors import BadRequest, Invalid, LorryError, UnsupportedMedia
 from service.files import endpoints as files
+from service.files.service import drop_unfinished
 from service.graphs import router as graphs
 from service.jobs import endpoints as jobs
 from service.jobs.events import EventHub
@@ -32,22 +32,10 @@ from service.queue import JobQueue
 from service.reconcile import reconcile
 from service.settings import Settings, get_settings
 from service.telemetry import Telemetry
+from service.wire import ErrorBody
 
 log = logging.getLogger("lorry.api")
 VERSION = "0.1.0"
-
-
-class ErrorDetail(BaseModel):
-    type: str = Field(description="Family of the error, e.g. invalid_request_error, not_found_error, conflict_error.")
-    message: str = Field(description="What is wrong and, where there is one, the way out.")
-    param: str | None = Field(description="Path of the field at fault, e.g. lora.r; null if no field is.")
-    code: str = Field(description="Stable identifier of this error, for programs.")
-
-
-class ErrorBody(BaseModel):
-    """Every answer of status 400 and above."""
-
-    error: ErrorDetail = Field(description="The error.")
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -84,6 +72,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     url = settings.sqlalchemy_url
     if not await asyncio.to_thread(is_current, url):
         raise RuntimeError("the database is not at the newest migration: run `lorry migrate`")
+    await asyncio.to_thread(drop_unfinished, settings)
     app.state.db = db = Database(url)
     app.state.queue = queue = JobQueue(settings.redis_url, settings.queue)
     engine = None

@@ -104,9 +104,10 @@ def after_end(db: Database, queue: JobQueue, job_id: str) -> None:
         if row is None:
             return
         status = row.status
+        startable = status == "queued" and repository.is_ready(session, row)
         ready = repository.ready_to_run(session) if status == "succeeded" else []
         children = [j for j in ready if job_id in (repository.get(session, j) or row).after]
-    if status == "queued":
+    if startable:
         queue.enqueue_soon(job_id)
     for child in children:
         queue.enqueue_soon(child)

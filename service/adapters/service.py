@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from service.errors import NotFound
 from service.ids import is_id
 from service.models import AdapterRow, CheckpointRow, JobRow
 
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _MAX_STEP = 2**31 - 1  # the column's range
 
 
@@ -36,7 +38,7 @@ def resolve(session: Session, ref: str) -> Resolved:
     name, at, step = ref.partition("@")
     if at:
         return _resolve_checkpoint(session, ref, name, step)
-    row = session.get(AdapterRow, name) if "\0" not in name else None
+    row = _row(session, name)
     if row is None:
         raise _missing(f"no adapter {name!r}")
     if not row.ready or row.path is None:
@@ -44,20 +46,25 @@ def resolve(session: Session, ref: str) -> Resolved:
     return Resolved(ref, name, row.step, Path(row.path), row.template, row.base, row)
 
 
+def checkpoint_of(session: Session, job: JobRow, name: str, step: str) -> CheckpointRow:
+    """A job's checkpoint by the step as text; `name` is for the message. Raises NotFound (adapter_not_found)."""
+    if not (step.isascii() and step.isdecimal() and len(step) <= 10 and int(step) <= _MAX_STEP):
+        raise _missing(f"'{name}@{step}' is no checkpoint: a checkpoint is named adapter@step")
+    checkpoint = session.get(CheckpointRow, (job.id, int(step)))
+    if checkpoint is None:
+        have = select(CheckpointRow.step).where(CheckpointRow.job_id == job.id).order_by(CheckpointRow.step)
+        steps = ", ".join(map(str, session.scalars(have))) or "none"
+        raise _missing(f"adapter {name!r} has no checkpoint at step {int(step)}; it has {steps}")
+    return checkpoint
+
+
 def _resolve_checkpoint(session: Session, ref: str, name: str, step: str) -> Resolved:
-    if not (step.isascii() and step.isdecimal() and len(step) <= 10 and int(step) <= _MAX_STEP) or "\0" in name:
-        raise _missing(f"{ref!r} is no checkpoint: a checkpoint is named adapter@step")
-    row = session.get(AdapterRow, name)
+    row = _row(session, name)
     job_id = row.job_id if row else name if is_id(name, "job") else None
     job = session.get(JobRow, job_id) if job_id else None
     if job is None:
         raise _missing(f"no adapter {name!r}")
-    checkpoint = session.get(CheckpointRow, (job.id, int(step)))
-    if checkpoint is None:
-        steps = session.scalars(
-            select(CheckpointRow.step).where(CheckpointRow.job_id == job.id).order_by(CheckpointRow.step)
-        )
-        raise _missing(f"adapter {name!r} has no checkpoint at step {int(step)}; it has {list(steps) or 'none'}")
+    checkpoint = checkpoint_of(session, job, name, step)
     path = Path(checkpoint.path)
     try:
         template = json.loads((path / "lorry_template.json").read_text(encoding="utf-8"))
@@ -65,7 +72,11 @@ def _resolve_checkpoint(session: Session, ref: str, name: str, step: str) -> Res
         raise _missing(f"the files of checkpoint {ref!r} are gone or unreadable") from error
     if row is None:
         row = session.scalar(select(AdapterRow).where(AdapterRow.job_id == job.id))
-    return Resolved(ref, name, int(step), path, template, job.spec["model"]["name"], row)
+    return Resolved(ref, name, checkpoint.step, path, template, job.spec["model"]["name"], row)
+
+
+def _row(session: Session, name: str) -> AdapterRow | None:
+    return session.get(AdapterRow, name) if _NAME.fullmatch(name) else None  # Postgres refuses some other text
 
 
 def _missing(message: str) -> NotFound:

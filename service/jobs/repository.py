@@ -23,6 +23,14 @@ def get(session: Session, job_id: str) -> JobRow | None:
     return session.get(JobRow, job_id)
 
 
+def by_key(session: Session, key: str) -> JobRow | None:
+    return session.scalar(select(JobRow).where(JobRow.idempotency_key == key))
+
+
+def runs(session: Session, job_id: str) -> Sequence[RunRow]:
+    return session.scalars(select(RunRow).where(RunRow.job_id == job_id).order_by(RunRow.started_at)).all()
+
+
 def list_page(
     session: Session, *, kind: str | None, status: str | None, limit: int, after: str | None
 ) -> tuple[Sequence[JobRow], bool]:
@@ -83,12 +91,12 @@ def transition(
     if moved is None:
         return False
     if to not in ACTIVE and old_run is not None:
-        session.execute(
-            update(RunRow).where(RunRow.id == old_run).values(outcome=to, reason=reason, finished_at=now)
-        )
+        session.execute(update(RunRow).where(RunRow.id == old_run).values(outcome=to, reason=reason, finished_at=now))
     if to in ("failed", "cancelled"):
         session.execute(delete(AdapterRow).where(AdapterRow.job_id == job_id, AdapterRow.ready.is_(False)))
-    add_event(session, job_id, "status", {"status": to, "attempt": moved, "reason": reason, "error": values.get("error")})
+    add_event(
+        session, job_id, "status", {"status": to, "attempt": moved, "reason": reason, "error": values.get("error")}
+    )
     return True
 
 
@@ -96,7 +104,13 @@ def claim(session: Session, job_id: str, run_id: str, worker: str) -> JobRow | N
     """Take a queued job for a run: queued → preparing. None if it is not queued (done, cancelled, or taken)."""
     now = time.time()
     started = func.coalesce(JobRow.started_at, now)
-    values = {"run_id": run_id, "worker": worker, "heartbeat_at": now, "started_at": started, "control": None}
+    values: dict[str, Any] = {
+        "run_id": run_id,
+        "worker": worker,
+        "heartbeat_at": now,
+        "started_at": started,
+        "control": None,
+    }
     if not transition(session, job_id, ["queued"], "preparing", **values):
         return None
     row = session.get_one(JobRow, job_id, populate_existing=True)
@@ -155,11 +169,23 @@ def metrics(session: Session, job_id: str) -> dict[str, list[dict[str, Any]]]:
 
 
 def checkpoints(session: Session, job_id: str) -> Sequence[CheckpointRow]:
-    return session.scalars(select(CheckpointRow).where(CheckpointRow.job_id == job_id).order_by(CheckpointRow.step)).all()
+    return session.scalars(
+        select(CheckpointRow).where(CheckpointRow.job_id == job_id).order_by(CheckpointRow.step)
+    ).all()
 
 
 def artifacts(session: Session, job_id: str) -> Sequence[ArtifactRow]:
     return session.scalars(select(ArtifactRow).where(ArtifactRow.job_id == job_id).order_by(ArtifactRow.path)).all()
+
+
+def artifact(session: Session, job_id: str, path: str) -> ArtifactRow | None:
+    # Postgres takes no NUL in text; no artifact has one.
+    return None if "\0" in path else session.get(ArtifactRow, (job_id, path))
+
+
+def adapter_name(session: Session, job_id: str) -> str | None:
+    """Name of the adapter that a job made or is making."""
+    return session.scalar(select(AdapterRow.name).where(AdapterRow.job_id == job_id))
 
 
 def ready_to_run(session: Session) -> list[str]:
@@ -170,15 +196,25 @@ def ready_to_run(session: Session) -> list[str]:
     return [job_id for job_id, after in rows if set(after) <= done]
 
 
+def is_ready(session: Session, row: JobRow) -> bool:
+    """Whether all parents of a job succeeded."""
+    if not row.after:
+        return True
+    query = select(func.count()).where(JobRow.id.in_(row.after), JobRow.status == "succeeded")
+    return session.execute(query).scalar_one() == len(set(row.after))
+
+
 def orphaned(session: Session) -> list[tuple[str, str, dict[str, Any] | None]]:
     """(child, failed parent, parent's error) of queued or paused jobs that wait for a job that will never succeed."""
     waiting = session.execute(select(JobRow.id, JobRow.after).where(JobRow.status.in_(["queued", "paused"]))).all()
     parents = {p for _, after in waiting for p in after}
     dead = {
         row.id: row
-        for row in session.scalars(select(JobRow).where(JobRow.id.in_(parents), JobRow.status.in_(["failed", "cancelled"])))
+        for row in session.scalars(
+            select(JobRow).where(JobRow.id.in_(parents), JobRow.status.in_(["failed", "cancelled"]))
+        )
     }
-    out = []
+    out: list[tuple[str, str, dict[str, Any] | None]] = []
     for job_id, after in waiting:
         parent = next((dead[p] for p in after if p in dead), None)
         if parent is not None:

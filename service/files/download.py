@@ -1,0 +1,40 @@
+"""A file as an answer, with Range and If-Range by its SHA-256."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from starlette.responses import FileResponse, JSONResponse
+from starlette.types import Message, Receive, Scope, Send
+
+from service.errors import BadRequest, LorryError, NotFound, RangeNotSatisfiable
+
+
+class Download(FileResponse):
+    """Starlette's FileResponse with a content-addressed ETag and errors in this API's shape."""
+
+    def __init__(self, path: Path, *, filename: str, sha256: str) -> None:
+        if not path.is_file():
+            raise NotFound(f"the bytes of {filename!r} are gone from the data folder", code="file_gone")
+        super().__init__(
+            path, media_type="application/octet-stream", filename=filename, headers={"ETag": f'"{sha256}"'}
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refused: LorryError | None = None
+
+        async def watch(message: Message) -> None:
+            nonlocal refused
+            if message["type"] == "http.response.start" and message["status"] in (400, 416):
+                headers = {k.decode(): v.decode() for k, v in message["headers"] if k.lower() == b"content-range"}
+                if message["status"] == 416:
+                    refused = RangeNotSatisfiable("Range: beyond the end of the file", param="Range", headers=headers)
+                else:
+                    refused = BadRequest("Range: malformed; e.g. bytes=0-1023", param="Range")
+            if refused is None:
+                await send(message)
+
+        await super().__call__(scope, receive, watch)
+        if refused is not None:
+            answer = JSONResponse(refused.body(), refused.status, headers=refused.headers)
+            await answer(scope, receive, send)
