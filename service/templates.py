@@ -329,9 +329,9 @@ def _render_inputs(t: StoredTemplate, inputs: Mapping[str, Any]) -> str:
     if missing is not None and t.response is not None:
         raise Invalid(f"inputs.{missing}: missing", param=f"inputs.{missing}")
     parts: list[tuple[str, str | None]] = []
-    for literal, name in _parts(t.prompt):
-        parts.append((literal, None if name == missing else name))
-        if missing is not None and name == missing:
+    for literal, placeholder in _parts(t.prompt):
+        parts.append((literal, None if placeholder == missing else placeholder))
+        if missing is not None and placeholder == missing:
             break
     used = {name for _, name in parts}
     for name in inputs:
