@@ -45,7 +45,7 @@ _UNSUPPORTED = (
 
 @dataclass(frozen=True)
 class Adapter:
-    """A loaded adapter. `tokenizer` is its own only where it differs from the base's."""
+    """A loaded adapter. `tokenizer` and `template` are the base's where it has none of its own."""
 
     name: str
     path: Path
@@ -64,6 +64,7 @@ class BaseInfo:
     head: nn.Module
     tokenizer: Any
     tokenizer_hash: str | None
+    template: StoredTemplate | None
     dtype: torch.dtype
     device: torch.device
 
@@ -110,7 +111,14 @@ def read_adapter(name: str, path: Path, base: BaseInfo) -> Adapter:
         raise Conflict(
             f"adapter {name} was trained on {known_as}; this engine holds {_shortest(base.names)}", code="wrong_base"
         )
-    return Adapter(name, path, _weights(name, config, state, base), found, _tokenizer(path, base), fingerprint(path))
+    return Adapter(
+        name,
+        path,
+        _weights(name, config, state, base),
+        found or base.template,
+        _tokenizer(path, base),
+        fingerprint(path),
+    )
 
 
 def fingerprint(path: Path) -> tuple[tuple[str, int, int], ...]:
@@ -265,10 +273,16 @@ def _tokenizer(path: Path, base: BaseInfo) -> Any:
 class AdapterRegistry:
     """Names → adapters. At most `capacity` are held; one that was evicted is read again when a request names it."""
 
-    def __init__(self, base: BaseInfo, capacity: int, install: Callable[[set[str]], None]) -> None:
+    def __init__(
+        self,
+        base: BaseInfo,
+        capacity: int,
+        install: Callable[[set[str]], None],
+        on_evict: Callable[[], None] = lambda: None,
+    ) -> None:
         self.base = base
         self.capacity = capacity
-        self.evictions = 0
+        self._on_evict = on_evict
         self._install = install
         self._paths: dict[str, Path] = {}  # every adapter that was loaded and not unloaded since
         self._held: OrderedDict[str, Adapter] = OrderedDict()  # least recently used first
@@ -323,7 +337,7 @@ class AdapterRegistry:
                 self._held.move_to_end(name)
                 while len(self._held) > self.capacity:
                     self._held.popitem(last=False)
-                    self.evictions += 1
+                    self._on_evict()
             return adapter
 
     def unload(self, name: str) -> None:

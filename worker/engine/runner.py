@@ -13,8 +13,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.modeling_utils import AttentionInterface
 
+from service.errors import JobFailure
 from service.settings import Settings
+from service.templates import StoredTemplate
 from worker import base_model
+from worker.data import base_template
 from worker.engine.adapters import BaseInfo, tokenizer_hash
 from worker.engine.cache import PagedCache
 from worker.engine.lora import LoraBank, segments
@@ -42,6 +45,7 @@ class ModelRunner:
         self.path = base_model.resolve(settings.base_model, settings)
         self.model = _load_model(self.path, self.dtype, self.device, settings)
         self.tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=settings.trust_remote_code)
+        self.template = _template(self.tokenizer)
         config = self.model.config.get_text_config()
         self.max_model_len = min(
             settings.engine_max_seq_length,
@@ -76,6 +80,7 @@ class ModelRunner:
             head=self.bank.head,
             tokenizer=self.tokenizer,
             tokenizer_hash=tokenizer_hash(folder) if folder.is_dir() else None,
+            template=self.template,
             dtype=self.dtype,
             device=self.device,
         )
@@ -147,6 +152,14 @@ def _attend_with(model: nn.Module, cache: PagedCache) -> None:
             # Unknown to transformers' mask functions on purpose: they then make no mask, which would be as large as the
             # square of the step.
             config._attn_implementation = name
+
+
+def _template(tokenizer: Any) -> StoredTemplate | None:
+    try:
+        return base_template(tokenizer)
+    except JobFailure as error:  # no end token, or a chat template that does not compile: raw prompts can be served
+        log.warning("the base has no usable template: %s", error.message)
+        return None
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

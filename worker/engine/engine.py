@@ -1,0 +1,272 @@
+"""The engine's one thread: schedule → run → postprocess. What a step brought is handed to the event loop in one call."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from service.errors import LorryError, Unavailable
+from worker.engine.adapters import Adapter, AdapterRegistry
+from worker.engine.detokenize import Detokenizer, StopStrings
+from worker.engine.metrics import EngineMetrics
+from worker.engine.request import Delta, Request
+from worker.engine.runner import ModelRunner
+from worker.engine.sampling import Sampled, sample
+from worker.engine.scheduler import Scheduler
+
+log = logging.getLogger("lorry.engine")
+RETRY_AFTER = 2  # seconds; about what a place takes to become free
+
+
+class EngineFailed(LorryError):
+    """The engine stopped with requests under way."""
+
+    status, type, code = 500, "server_error", "engine_failed"
+
+
+class RequestStream:
+    """The loop's end of a request. Deltas nobody has fetched yet are joined, so a slow reader costs one delta of memory."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self._pending: Delta | None = None
+        self._ready = asyncio.Event()
+
+    def put(self, delta: Delta) -> None:
+        if self._pending is None:
+            self._pending = delta
+        else:
+            self._pending.extend(delta)
+        self._ready.set()
+
+    async def get(self) -> Delta:
+        """The next delta; the last one has a finish reason."""
+        await self._ready.wait()
+        assert self._pending is not None
+        delta, self._pending = self._pending, None
+        self._ready.clear()
+        return delta
+
+
+@dataclass(slots=True)
+class _Live:
+    """A request under way, with what turns its tokens into text."""
+
+    request: Request
+    stream: RequestStream
+    tokenizer: Any
+    detokenizer: Detokenizer
+    stops: StopStrings
+    characters: int = 0
+
+
+class Engine:
+    """Owns the model and the thread that runs it. Everything but the thread's own methods is called from the event loop."""
+
+    def __init__(self, runner: ModelRunner, *, max_batch: int, max_queue: int, max_adapters: int) -> None:
+        self.runner = runner
+        self.metrics = EngineMetrics()
+        self.scheduler = Scheduler(
+            num_blocks=runner.num_blocks,
+            block_size=runner.cache.block_size,
+            max_batch=max_batch,
+            max_queue=max_queue,
+            max_step_tokens=runner.max_step_tokens,
+        )
+        self.adapters = AdapterRegistry(
+            runner.base_info(), max_adapters, runner.bank.install, self.metrics.evictions.inc
+        )
+        self.metrics.cache_blocks.set(runner.num_blocks)
+        self.fatal: BaseException | None = None
+        self.draining = False
+        self.steps = 0
+        self._live: dict[str, _Live] = {}  # the thread's own
+        self._new: list[_Live] = []
+        self._aborted: list[Request] = []
+        self._failure: str | None = None
+        self._stopping = False
+        self._wake = threading.Condition()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._on_fatal: Callable[[], None] = lambda: None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self, loop: asyncio.AbstractEventLoop, on_fatal: Callable[[], None] = lambda: None) -> None:
+        """Begin. `on_fatal` is called in the loop, after every open request has been told."""
+        self._loop, self._on_fatal = loop, on_fatal
+        self._thread.start()
+
+    def submit(self, requests: list[Request], adapter: Adapter | None) -> list[RequestStream]:
+        """Queue requests, all or none. Raises Unavailable (queue_full, shutting_down) or EngineFailed."""
+        tokenizer = adapter.tokenizer if adapter else self.runner.tokenizer
+        with self._wake:
+            if self.fatal is not None:
+                raise EngineFailed(f"the engine has failed: {self.fatal}")
+            if self.draining:
+                raise Unavailable("the engine is shutting down", retry_after=10, code="shutting_down")
+            if len(requests) > self.scheduler.room() - len(self._new):
+                self.metrics.refused.inc(len(requests))
+                places = self.scheduler.max_batch + self.scheduler.max_queue
+                raise Unavailable(
+                    f"the engine's queue is full: {places} requests are under way",
+                    retry_after=RETRY_AFTER,
+                    code="queue_full",
+                )
+            streams = []
+            for request in requests:
+                stream = RequestStream(request)
+                stops = StopStrings(request.params.stop, include=request.params.include_stop_str_in_output)
+                self._new.append(_Live(request, stream, tokenizer, Detokenizer(tokenizer, request.prompt_ids), stops))
+                streams.append(stream)
+            self._wake.notify()
+        return streams
+
+    def abort(self, request: Request) -> None:
+        """Forget a request before the next step; its place and memory are free then. Nothing more comes out of it."""
+        with self._wake:
+            self._aborted.append(request)
+            self._wake.notify()
+
+    def fail_open(self, message: str) -> None:
+        """End every open request with an error."""
+        with self._wake:
+            self._failure = message
+            self._wake.notify()
+
+    def stop(self, timeout: float = 10.0) -> None:
+        """End the thread after its current step."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+
+    # The thread's side
+
+    def _run(self) -> None:
+        try:
+            while self._intake():
+                outputs = self._step()
+                if outputs:
+                    self._hand_over(outputs)
+        except BaseException as error:
+            log.critical("the engine failed", exc_info=error)
+            with self._wake:
+                self.fatal = error
+                waiting = [*self._live.values(), *self._new]
+                self._new = []
+            message = f"the engine failed: {type(error).__name__}: {error}"
+            self._hand_over([(live.stream, self._end(live, "error", message)) for live in waiting])
+            self._call(self._on_fatal)
+
+    def _intake(self) -> bool:
+        """Take over what the loop has asked for; wait while there is nothing to do. Returns False to end."""
+        with self._wake:
+            while not (self._new or self._aborted or self._failure or self._stopping or self.scheduler.has_work()):
+                self._wake.wait()
+            if self._stopping:
+                return False
+            new, self._new = self._new, []
+            aborted, self._aborted = self._aborted, []
+            failure, self._failure = self._failure, None
+            # Added under the lock: `submit` counts what is in the scheduler and what is in `_new`.
+            for live in new:
+                self._live[live.request.id] = live
+                self.scheduler.add(live.request)
+        for live in new:
+            self.metrics.prompt_tokens.labels(live.request.key).inc(len(live.request.prompt_ids))
+        for request in aborted:
+            if live := self._live.get(request.id):
+                self._end(live, "abort")
+        if failure is not None:
+            self._hand_over([(live.stream, self._end(live, "error", failure)) for live in list(self._live.values())])
+        return True
+
+    def _step(self) -> list[tuple[RequestStream, Delta]]:
+        began = time.monotonic()
+        preempted = self.scheduler.preemptions
+        step = self.scheduler.schedule()
+        if not step:
+            return []
+        logits, sampling = self.runner.forward(step)
+        for scheduled in step:
+            self.scheduler.computed(scheduled)
+        sampled = sample(logits, [s.request for s in sampling])
+        outputs = [self._advance(self._live[s.request.id], token) for s, token in zip(sampling, sampled, strict=True)]
+        self.steps += 1
+        m = self.metrics
+        m.step_seconds.observe(time.monotonic() - began)
+        m.batch_size.observe(len(step))
+        m.running.set(len(self.scheduler.running))
+        m.waiting.set(len(self.scheduler.waiting))
+        m.cache_blocks_used.set(self.scheduler.pool.num_blocks - self.scheduler.pool.free)
+        if self.scheduler.preemptions > preempted:
+            m.preemptions.inc(self.scheduler.preemptions - preempted)
+        return outputs
+
+    def _advance(self, live: _Live, sampled: Sampled) -> tuple[RequestStream, Delta]:
+        """Add a token to a request and end it if the token, its text or the length says so."""
+        request, params = live.request, live.request.params
+        if sampled.token_id is None:
+            return live.stream, self._end(
+                live, "error", "the model's output is not a number; the adapter or the base is damaged"
+            )
+        token = sampled.token_id
+        request.output_ids.append(token)
+        if request.first_token_at is None:
+            request.first_token_at = time.monotonic()
+        delta = Delta(token_ids=[token], offsets=[live.characters])
+        if sampled.logprob is not None:
+            delta.logprobs = [sampled.logprob]
+        if token in params.stop_token_ids:
+            text = live.tokenizer.decode([token]) if params.include_stop_str_in_output else ""
+            delta.text = live.stops.flush() + text
+            return live.stream, self._end(live, "stop", delta=delta)
+        text = live.detokenizer.feed(token)
+        live.characters += len(text)
+        delta.text, stop = live.stops.feed(text)
+        if stop is not None:
+            delta.stop_reason = stop
+            return live.stream, self._end(live, "stop", delta=delta)
+        if len(request.output_ids) >= params.max_tokens:
+            delta.text += live.stops.flush()
+            return live.stream, self._end(live, "length", delta=delta)
+        return live.stream, delta
+
+    def _end(self, live: _Live, reason: Any, error: str | None = None, *, delta: Delta | None = None) -> Delta:
+        """Free a request's place and memory, and close its last delta."""
+        request = live.request
+        self.scheduler.finish(request)
+        self._live.pop(request.id, None)
+        now = time.monotonic()
+        m, made = self.metrics, len(request.output_ids)
+        m.requests.labels(request.key, reason).inc()
+        m.completion_tokens.labels(request.key).inc(made)
+        if request.scheduled_at is not None:
+            m.queue_seconds.observe(request.scheduled_at - request.submitted_at)
+        if request.first_token_at is not None:
+            m.first_token_seconds.observe(request.first_token_at - request.submitted_at)
+            if made > 1:
+                m.token_seconds.observe((now - request.first_token_at) / (made - 1))
+        delta = delta or Delta()
+        delta.finish_reason, delta.error, delta.timings = reason, error, request.timings(now)
+        return delta
+
+    def _hand_over(self, outputs: list[tuple[RequestStream, Delta]]) -> None:
+        self._call(_put_all, outputs)
+
+    def _call(self, function: Callable[..., None], *args: Any) -> None:
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(function, *args)
+        except RuntimeError:  # the loop is closed: the process is on its way out and nobody listens
+            log.debug("event loop closed")
+
+
+def _put_all(outputs: list[tuple[RequestStream, Delta]]) -> None:
+    for stream, delta in outputs:
+        stream.put(delta)

@@ -1,0 +1,195 @@
+"""`lorry engine`: the engine over HTTP, in OpenAI's protocol and with vLLM's calls for adapters.
+
+On SIGTERM no new request is taken, open ones may end within a grace period, the rest end with an error event. A failure
+of the engine's thread ends every open request with an error and the process with exit code 1, for a supervisor to
+start it again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import Field
+from starlette.exceptions import HTTPException
+
+from service.errors import Invalid, LorryError
+from service.openai.schemas import Body, ChatCompletionRequest, CompletionRequest
+from service.openai.wire import ChatWriter, CompletionWriter
+from service.settings import Settings, get_settings
+from worker.engine import handlers
+from worker.engine.engine import Engine
+from worker.engine.runner import ModelRunner
+
+log = logging.getLogger("lorry.engine")
+GRACE_SECONDS = 10.0  # longest wait for open requests at SIGTERM
+
+
+class LoadLoraAdapter(Body):
+    """vLLM's body of POST /v1/load_lora_adapter."""
+
+    lora_name: str = Field(min_length=1, max_length=255, description="Name under which the adapter is served.")
+    lora_path: str = Field(min_length=1, description="Folder with adapter_config.json and adapter_model.safetensors.")
+    load_inplace: bool = Field(True, description="Accepted: a name is always replaced.")
+
+
+class UnloadLoraAdapter(Body):
+    """vLLM's body of POST /v1/unload_lora_adapter."""
+
+    lora_name: str = Field(min_length=1, max_length=255, description="Name of the adapter.")
+    lora_int_id: int | None = Field(None, description="Accepted and without effect.")
+
+
+def build_engine(settings: Settings) -> Engine:
+    """Load the base model. Raises JobFailure, OSError or UnsupportedModel where that does not work."""
+    return Engine(
+        ModelRunner(settings),
+        max_batch=settings.engine_max_batch,
+        max_queue=settings.engine_max_queue,
+        max_adapters=settings.engine_max_adapters,
+    )
+
+
+def create_app(engine: Engine) -> FastAPI:
+    """The engine's HTTP application; `engine` is started and stopped with it."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        engine.start(asyncio.get_running_loop(), lambda: app.state.on_fatal())
+        yield
+        await asyncio.to_thread(engine.stop)
+
+    app = FastAPI(title="lorry engine", lifespan=lifespan, redirect_slashes=False)
+    app.state.on_fatal = lambda: None
+    app.add_exception_handler(LorryError, _render)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http_error)
+
+    @app.get("/health")
+    def health() -> Response:
+        ok = engine.fatal is None and not engine.draining
+        return JSONResponse({"status": "ok" if ok else "stopping"}, 200 if ok else 503)
+
+    @app.get("/metrics")
+    def metrics() -> Response:
+        engine.metrics.adapters_loaded.set(len(engine.adapters.held()))
+        return Response(generate_latest(engine.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/v1/models")
+    def models() -> dict[str, Any]:
+        return {"object": "list", "data": handlers.model_cards(engine)}
+
+    @app.post("/v1/load_lora_adapter")
+    def load_lora_adapter(body: LoadLoraAdapter) -> Response:
+        if body.lora_name == engine.runner.name:
+            raise Invalid("lora_name: is the base's name", param="lora_name")
+        engine.adapters.load(body.lora_name, Path(body.lora_path).absolute())
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+    @app.post("/v1/unload_lora_adapter")
+    def unload_lora_adapter(body: UnloadLoraAdapter) -> Response:
+        engine.adapters.unload(body.lora_name)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        job = await handlers.prepare_completion(engine, body)
+        writer = CompletionWriter(job.id, body.model, with_token_ids=bool(body.return_token_ids))
+        return await handlers.respond(engine, job, writer, body, request)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
+        job = await handlers.prepare_chat(engine, body)
+        writer = ChatWriter(
+            job.id, body.model, top_logprobs=body.top_logprobs or 0, with_token_ids=bool(body.return_token_ids)
+        )
+        return await handlers.respond(engine, job, writer, body, request)
+
+    return app
+
+
+async def _render(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, LorryError)
+    return JSONResponse(error.body(), error.status, headers=error.headers)
+
+
+async def _invalid(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    path = ".".join(str(part) for part in first["loc"][1:])
+    message = first["msg"].removeprefix("Value error, ")
+    found = Invalid(f"{path}: {message}" if path else message, param=path or message.partition(":")[0] or None)
+    return JSONResponse(found.body(), found.status)
+
+
+async def _http_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    body = {
+        "error": {
+            "type": "invalid_request_error",
+            "message": str(error.detail),
+            "param": None,
+            "code": "not_found" if error.status_code == 404 else "bad_request",
+        }
+    }
+    return JSONResponse(body, error.status_code)
+
+
+class EngineServer(uvicorn.Server):
+    """uvicorn, with the engine's way of ending."""
+
+    def __init__(self, app: FastAPI, engine: Engine, settings: Settings) -> None:
+        self.grace = min(GRACE_SECONDS, settings.shutdown_seconds)
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=settings.engine_host,
+                port=settings.engine_port,
+                log_level=settings.log_level.lower(),
+                access_log=False,
+                timeout_graceful_shutdown=int(self.grace) + 5,
+            )
+        )
+        self.engine = engine
+        app.state.on_fatal = self._fatal
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if not self.engine.draining:
+            self.engine.draining = True
+            timer = threading.Timer(self.grace, self.engine.fail_open, ["the engine is shutting down"])
+            timer.daemon = True
+            timer.start()
+        super().handle_exit(sig, frame)
+
+    def _fatal(self) -> None:
+        self.should_exit = True
+
+
+def main() -> None:
+    """Serve until SIGTERM (exit code 0) or until the engine fails (exit code 1)."""
+    settings = get_settings()
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    engine = build_engine(settings)
+    server = EngineServer(create_app(engine), engine, settings)
+    for sig in (signal.SIGTERM, signal.SIGINT):
+        # uvicorn raises the signals it caught again at its end; a stop that was asked for is no failure.
+        signal.signal(sig, lambda *_: sys.exit(0))
+    server.run()
+    sys.exit(0 if engine.fatal is None else 1)
+
+
+if __name__ == "__main__":
+    main()
