@@ -1,4 +1,4 @@
-"""The one way a database gets its tables: Alembic's migrations, run under a lock so that two processes may start at once."""
+"""The one way a database gets its tables: Alembic's migrations, under a lock, so that two processes may start at once."""
 
 from __future__ import annotations
 

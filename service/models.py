@@ -17,7 +17,7 @@ class Base(DeclarativeBase):
             "pk": "pk_%(table_name)s",
         }
     )
-    type_annotation_map = {dict[str, Any]: JSON(none_as_null=True), list[str]: JSON(none_as_null=True)}  # noqa: RUF012
+    type_annotation_map = dict.fromkeys((dict[str, Any], list[str]), JSON(none_as_null=True))
 
 
 class FileRow(Base):
@@ -111,7 +111,7 @@ class CheckpointRow(Base):
 
 
 class AdapterRow(Base):
-    """A name. It is taken when its job is accepted and `ready` once that job succeeded; a job that ends otherwise gives it back."""
+    """A name: taken when its job is accepted, `ready` once that job succeeded; a job that ends otherwise gives it back."""
 
     __tablename__ = "adapters"
     name: Mapped[str] = mapped_column(String(128), primary_key=True)
@@ -121,7 +121,9 @@ class AdapterRow(Base):
     base: Mapped[str] = mapped_column(Text)
     path: Mapped[str | None] = mapped_column(Text)
     step: Mapped[int | None] = mapped_column(Integer)
-    config: Mapped[dict[str, Any]] = mapped_column(default=dict)  # r, lora_alpha, use_rslora, target_modules, train_embeddings
+    config: Mapped[dict[str, Any]] = mapped_column(
+        default=dict
+    )  # r, lora_alpha, use_rslora, target_modules, train_embeddings
     template: Mapped[dict[str, Any]] = mapped_column(default=dict)
     parent: Mapped[str | None] = mapped_column(String(128))
     bytes: Mapped[int] = mapped_column(BigInteger, default=0)

@@ -28,7 +28,7 @@ class Report:
 
 
 def reconcile(db: Database, queue: JobQueue, settings: Settings) -> Report:
-    """Lost runs go back to the queue; children of failed jobs fail; queued jobs missing from the queue are put there."""
+    """Lost runs go back to the queue; children of failed jobs fail; queued jobs that the queue lacks are put there."""
     report = Report()
     with db.read() as session:
         lost = [(r.id, r.run_id) for r in repository.stale(session, time.time() - settings.heartbeat_timeout_seconds)]
@@ -52,7 +52,7 @@ def give_back(
     db: Database, queue: JobQueue, settings: Settings, job_id: str, run_id: str | None, *, code: str, reason: str,
     report: Report | None = None,
 ) -> None:  # fmt: skip
-    """End a run that died: back to the queue with attempt + 1, or to what was asked of it, or failed after the last attempt."""
+    """End a run that died: back to the queue with attempt + 1, or as it was asked to end, or failed for good."""
     with db.write() as session:
         row = repository.get(session, job_id)
         if row is None or row.run_id != run_id or run_id is None:
@@ -88,7 +88,9 @@ def fail_orphans(db: Database, queue: JobQueue, report: Report | None = None) ->
             reason = f"parent job {parent} did not succeed: {cause.get('message')}"
             error = {"code": "parent_failed", "message": reason, "rows": [], "parent": parent, "cause": cause}
             with db.write() as session:
-                moved |= repository.transition(session, job_id, ["queued", "paused"], "failed", reason=reason, error=error)
+                moved |= repository.transition(
+                    session, job_id, ["queued", "paused"], "failed", reason=reason, error=error
+                )
             queue.remove(job_id)
             queue.forget_token(job_id)
             if report:

@@ -15,28 +15,40 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="LORRY_", extra="ignore")
 
-    host: str = Field("127.0.0.1", description="Address the API listens on. Without LORRY_API_KEY only loopback is allowed.")
+    host: str = Field(
+        "127.0.0.1", description="Address the API listens on. Without LORRY_API_KEY only loopback is allowed."
+    )
     port: int = Field(8321, ge=0, le=65535, description="Port the API listens on.")
-    data_dir: Path = Field(Path("data"), description="Folder for uploads, checkpoints, adapters, exports and the SQLite file.")
+    data_dir: Path = Field(
+        Path("data"), description="Folder for uploads, checkpoints, adapters, exports and the SQLite file."
+    )
     database_url: str | None = Field(
-        None, description="SQLAlchemy URL, e.g. postgresql+psycopg://user:password@host/db. Default: lorry.db in the data folder."
+        None,
+        description="SQLAlchemy URL, e.g. postgresql+psycopg://user:password@host/db. Default: lorry.db in the data folder.",
     )
     redis_url: str = Field("redis://127.0.0.1:6379/0", description="Redis-protocol server that carries the queue.")
     queue: str = Field("lorry", description="Name of the RQ queue a worker listens on.")
     engine_url: str = Field("http://127.0.0.1:8322", description="Generation engine (lorry engine, or a vLLM server).")
     engine_host: str = Field("127.0.0.1", description="Address `lorry engine` listens on.")
     engine_port: int = Field(8322, ge=0, le=65535, description="Port `lorry engine` listens on.")
-    engine_dtype: str = Field("auto", description="Engine weights: auto (bfloat16 on a GPU, float32 on a CPU), bfloat16, float16, float32.")
+    engine_dtype: str = Field(
+        "auto", description="Engine weights: auto (bfloat16 on a GPU, float32 on a CPU), bfloat16, float16, float32."
+    )
     engine_load_in_4bit: bool = Field(False, description="Load the engine's base model in NF4.")
     engine_max_seq_length: int = Field(2048, ge=16, description="Longest prompt plus completion, in tokens.")
     engine_max_queue: int = Field(64, ge=1, description="Requests waiting for the engine before it answers 503.")
     engine_max_batch: int = Field(16, ge=1, description="Requests the engine runs at once.")
-    engine_max_adapters: int = Field(16, ge=1, description="Adapters kept loaded in the engine; the least recently used leaves first.")
+    engine_max_adapters: int = Field(
+        16, ge=1, description="Adapters kept loaded in the engine; the least recently used leaves first."
+    )
     engine_cache_bytes: int = Field(
-        0, ge=0, description="Key-value memory of the engine, in bytes; 0 takes what a full batch of longest requests needs, within half of what is free."
+        0,
+        ge=0,
+        description="Key-value memory of the engine, in bytes; 0 takes what a full batch of longest requests needs, within half of what is free.",
     )
     base_model: str = Field(
-        "smollm2-135m-instruct", description="Base model of the engine and of specs that name none: built-in name, hub id or folder."
+        "smollm2-135m-instruct",
+        description="Base model of the engine and of specs that name none: built-in name, hub id or folder.",
     )
     api_key: str | None = Field(None, description="If set, every call but health needs it as a bearer token.")
     allow_public: bool = Field(False, description="Allow a non-loopback LORRY_HOST without LORRY_API_KEY.")
@@ -44,10 +56,18 @@ class Settings(BaseSettings):
     trust_remote_code: bool = Field(False, description="Let model repositories run their own code while loading.")
     max_attempts: int = Field(3, ge=1, description="Attempts at a job before it fails for good.")
     heartbeat_seconds: float = Field(2.0, gt=0, description="How often a running job says it is alive.")
-    heartbeat_timeout_seconds: float = Field(20.0, gt=0, description="A running job silent for this long is taken for dead.")
-    reconcile_seconds: float = Field(5.0, gt=0, description="How often SQL is compared with the queue and the heartbeats.")
-    shutdown_seconds: float = Field(60.0, gt=0, description="How long a worker may take to checkpoint its job when told to stop.")
-    torch_threads: int = Field(0, ge=0, description="CPU threads of training and of the engine; 0 leaves torch's choice.")
+    heartbeat_timeout_seconds: float = Field(
+        20.0, gt=0, description="A running job silent for this long is taken for dead."
+    )
+    reconcile_seconds: float = Field(
+        5.0, gt=0, description="How often SQL is compared with the queue and the heartbeats."
+    )
+    shutdown_seconds: float = Field(
+        60.0, gt=0, description="How long a worker may take to checkpoint its job when told to stop."
+    )
+    torch_threads: int = Field(
+        0, ge=0, description="CPU threads of training and of the engine; 0 leaves torch's choice."
+    )
     sse_ping_seconds: float = Field(15.0, gt=0, description="Interval of SSE comments that keep idle connections open.")
     log_level: str = Field("INFO", description="Log level of every process.")
 

@@ -28,7 +28,9 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 def check_adapter_name(name: str) -> str:
     """Accept a name that is safe as a folder, a URL segment and an OpenAI model id. Raises ValueError."""
     if not _NAME.fullmatch(name):
-        raise ValueError("an adapter's name is 1 to 96 letters, digits, '.', '_' or '-', and starts with a letter or digit")
+        raise ValueError(
+            "an adapter's name is 1 to 96 letters, digits, '.', '_' or '-', and starts with a letter or digit"
+        )
     return name
 
 
@@ -54,12 +56,20 @@ class Spec(BaseModel):
 class ModelSpec(Spec):
     """The base model."""
 
-    name: str | None = Field(None, min_length=1, description="Built-in name, hub id or local folder. Default: the server's LORRY_BASE_MODEL.")
+    name: str | None = Field(
+        None, min_length=1, description="Built-in name, hub id or local folder. Default: the server's LORRY_BASE_MODEL."
+    )
     revision: str | None = Field(None, description="Hub branch, tag or commit.")
-    max_seq_length: int = Field(2048, ge=16, le=1_048_576, description="Longest training sequence, in tokens; longer text is cut into windows (CPT) or truncated (IFT).")
+    max_seq_length: int = Field(
+        2048,
+        ge=16,
+        le=1_048_576,
+        description="Longest training sequence, in tokens; longer text is cut into windows (CPT) or truncated (IFT).",
+    )
     load_in_4bit: bool = Field(True, description="Hold the frozen base in NF4 (QLoRA).")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        "auto", description="Compute type; auto is bfloat16 where the device has it, else float32 on a CPU and float16 on a GPU."
+        "auto",
+        description="Compute type; auto is bfloat16 where the device has it, else float32 on a CPU and float16 on a GPU.",
     )
 
 
@@ -67,27 +77,39 @@ class LoftqSpec(Spec):
     """LoftQ initialisation (Li et al. 2023, arXiv 2310.08659) of the LoRA matrices against NF4's rounding error."""
 
     loftq_bits: Literal[4] = Field(4, description="Bits of the quantised base; only 4.")
-    loftq_iter: int = Field(1, ge=1, le=10, description="Alternating iterations per layer.")
+    loftq_iter: Literal[1] = Field(
+        1, description="Iterations per layer; 1, since the base's own rounding stays as it is."
+    )
 
 
 class LoraSpec(Spec):
     """peft.LoraConfig's fields."""
 
     r: int = Field(64, ge=1, le=1024, description="Rank of the update matrices.")
-    lora_alpha: float = Field(128, gt=0, description="Scaling numerator: the update is scaled by lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA.")
+    lora_alpha: float = Field(
+        128,
+        gt=0,
+        description="Scaling numerator: the update is scaled by lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA.",
+    )
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the LoRA matrices, as a fraction.")
     bias: Literal["none", "all", "lora_only"] = Field("none", description="Which biases are trained.")
     use_rslora: bool = Field(True, description="Rank-stabilised scaling (Kalajdzievski 2023, arXiv 2312.03732).")
-    loftq_config: LoftqSpec | None = Field(None, description="LoftQ initialisation; needs model.load_in_4bit and a base with 16-bit weights.")
+    loftq_config: LoftqSpec | None = Field(
+        None, description="LoftQ initialisation; needs model.load_in_4bit and a base with 16-bit weights."
+    )
     target_modules: list[str] = Field(PROJECTIONS, min_length=1, description="Linear layers that get a LoRA.")
-    train_embeddings: bool = Field(True, description="Train embed_tokens and lm_head fully, at training.embedding_learning_rate.")
+    train_embeddings: bool = Field(
+        True, description="Train embed_tokens and lm_head fully, at training.embedding_learning_rate."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         full = {"embed_tokens", "lm_head"} & set(self.target_modules)
         if full:
             # In target_modules they would become LoRA targets at the main learning rate.
-            raise ValueError(f"target_modules: {', '.join(sorted(full))} cannot be a LoRA target here; set train_embeddings to train it fully")
+            raise ValueError(
+                f"target_modules: {', '.join(sorted(full))} cannot be a LoRA target here; set train_embeddings to train it fully"
+            )
         if len(set(self.target_modules)) != len(self.target_modules):
             raise ValueError("target_modules: a name stands twice")
         return self
@@ -96,14 +118,21 @@ class LoraSpec(Spec):
 class TemplateSpec(Spec):
     """How a row becomes text. Either `prompt` (with `response` for instruction data) or `chat_template`."""
 
-    prompt: str | None = Field(None, description="Text with {column} placeholders, e.g. '### 제목: {title}\\n\\n{text}'. '{{' and '}}' are literal braces.")
-    response: str | None = Field(None, description="Text of the answer, with {column} placeholders; what train_on_responses_only trains on.")
+    prompt: str | None = Field(
+        None,
+        description="Text with {column} placeholders, e.g. '### 제목: {title}\\n\\n{text}'. '{{' and '}}' are literal braces.",
+    )
+    response: str | None = Field(
+        None, description="Text of the answer, with {column} placeholders; what train_on_responses_only trains on."
+    )
     chat_template: str | None = Field(
         None,
         description="'default' (the model's own), a name of Unsloth's get_chat_template (e.g. 'llama-3.1', 'chatml') or a Jinja string; "
         "rows have a messages (role/content) or conversations (ShareGPT from/value) column.",
     )
-    system: str | None = Field(None, description="System message put before conversations that have none (chat templates only).")
+    system: str | None = Field(
+        None, description="System message put before conversations that have none (chat templates only)."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -125,8 +154,12 @@ class DatasetSpec(Spec):
     split: str = Field("train", min_length=1, description="Split, with datasets' slicing, e.g. 'train[:10%]'.")
     file_id: str | None = Field(None, description="Id of an upload (POST /v1/files).")
     streaming: bool = Field(False, description="Read the hub set as a stream and keep max_samples rows of it.")
-    max_samples: int | None = Field(None, ge=1, description="At most this many rows, chosen by seed (the first ones when streaming).")
-    test_size: float = Field(0.01, ge=0, description="Evaluation rows: a fraction below 1, or a number of rows; 0 for none.")
+    max_samples: int | None = Field(
+        None, ge=1, description="At most this many rows, chosen by seed (the first ones when streaming)."
+    )
+    test_size: float = Field(
+        0.01, ge=0, description="Evaluation rows: a fraction below 1, or a number of rows; 0 for none."
+    )
     seed: int = Field(42, ge=0, le=2**32 - 1, description="Seed of the shuffle and of the split.")
     template: TemplateSpec = Field(description="How a row becomes text.")
 
@@ -148,24 +181,52 @@ class TrainingSpec(Spec):
 
     per_device_train_batch_size: int = Field(8, ge=1, le=4096, description="Sequences per forward pass.")
     per_device_eval_batch_size: int = Field(8, ge=1, le=4096, description="Sequences per evaluation pass.")
-    gradient_accumulation_steps: int = Field(2, ge=1, le=4096, description="Forward passes per optimiser step; the loss is averaged over all their tokens.")
-    warmup_ratio: float = Field(0.1, ge=0, le=1, description="Fraction of the steps over which the learning rate rises from 0.")
+    gradient_accumulation_steps: int = Field(
+        2, ge=1, le=4096, description="Forward passes per optimiser step; the loss is averaged over all their tokens."
+    )
+    warmup_ratio: float = Field(
+        0.1, ge=0, le=1, description="Fraction of the steps over which the learning rate rises from 0."
+    )
     num_train_epochs: float = Field(1, gt=0, le=1000, description="Passes over the data; max_steps overrides it.")
     max_steps: int = Field(-1, ge=-1, description="Optimiser steps; -1: as num_train_epochs says.")
     learning_rate: float = Field(5e-5, gt=0, le=1, description="Peak learning rate of the LoRA matrices.")
-    embedding_learning_rate: float = Field(1e-5, gt=0, le=1, description="Peak learning rate of embed_tokens and lm_head.")
-    optim: Optimizer = Field("adamw_8bit", description="Optimiser; on a machine without a GPU the 8-bit and paged ones become adamw_torch_fused, and the run's record says so.")
+    embedding_learning_rate: float = Field(
+        1e-5, gt=0, le=1, description="Peak learning rate of embed_tokens and lm_head."
+    )
+    optim: Optimizer = Field(
+        "adamw_8bit",
+        description="Optimiser; on a machine without a GPU the 8-bit and paged ones become adamw_torch_fused, and the run's record says so.",
+    )
     weight_decay: float = Field(0.01, ge=0, le=1, description="Decoupled weight decay.")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradient clipping norm; 0 turns it off.")
     lr_scheduler_type: Scheduler = Field("linear", description="Shape of the learning rate after the warm-up.")
-    logging_steps: int = Field(100, ge=1, description="Optimiser steps between training metrics; the first and last step are always logged.")
-    eval_steps: int = Field(500, ge=1, description="Optimiser steps between evaluations; there is one before the first step and one after the last, too.")
+    logging_steps: int = Field(
+        100, ge=1, description="Optimiser steps between training metrics; the first and last step are always logged."
+    )
+    eval_steps: int = Field(
+        500,
+        ge=1,
+        description="Optimiser steps between evaluations; there is one before the first step and one after the last, too.",
+    )
     save_steps: int = Field(1000, ge=1, description="Optimiser steps between checkpoints.")
-    save_total_limit: int = Field(5, ge=1, description="Checkpoints kept; the best one stays with load_best_model_at_end.")
-    packing: Literal["auto"] | bool = Field("auto", description="Several rows in one sequence, each with its own attention; auto: where the device has an exact kernel for it.")
-    early_stopping_patience: int | None = Field(None, ge=1, description="Stop after this many evaluations without a lower eval_loss; implies load_best_model_at_end.")
-    load_best_model_at_end: bool = Field(False, description="Keep the checkpoint with the lowest eval_loss as the adapter.")
-    train_on_responses_only: bool = Field(False, description="Mask prompts, so that only answers are trained on (instruction tuning).")
+    save_total_limit: int = Field(
+        5, ge=1, description="Checkpoints kept; the best one stays with load_best_model_at_end."
+    )
+    packing: Literal["auto"] | bool = Field(
+        "auto",
+        description="Several rows in one sequence, each with its own attention; auto: where the device has an exact kernel for it.",
+    )
+    early_stopping_patience: int | None = Field(
+        None,
+        ge=1,
+        description="Stop after this many evaluations without a lower eval_loss; implies load_best_model_at_end.",
+    )
+    load_best_model_at_end: bool = Field(
+        False, description="Keep the checkpoint with the lowest eval_loss as the adapter."
+    )
+    train_on_responses_only: bool = Field(
+        False, description="Mask prompts, so that only answers are trained on (instruction tuning)."
+    )
     seed: int = Field(3407, ge=0, le=2**32 - 1, description="Seed of initialisation, order of rows and dropout.")
 
     @property
@@ -177,14 +238,18 @@ class TrainingSpec(Spec):
         if self.max_steps == 0:
             raise ValueError("max_steps: -1 or at least 1")
         if self.keeps_best and self.save_steps % self.eval_steps:
-            raise ValueError("save_steps: must be a multiple of eval_steps when the best checkpoint is kept, so that each checkpoint has an eval_loss")
+            raise ValueError(
+                "save_steps: must be a multiple of eval_steps when the best checkpoint is kept, so that each checkpoint has an eval_loss"
+            )
         return self
 
 
 class InitSpec(Spec):
     """The adapter an instruction tuning starts from."""
 
-    adapter: AdapterRef = Field(description="Name of a finished adapter, or of the adapter of a job in `after`; name@step for a checkpoint.")
+    adapter: AdapterRef = Field(
+        description="Name of a finished adapter, or of the adapter of a job in `after`; name@step for a checkpoint."
+    )
     mode: Literal["continue", "stack", "merge"] = Field(
         "continue",
         description="continue: train the adapter's own matrices on. stack: freeze it and train a second LoRA on top. "
@@ -200,7 +265,11 @@ class HubSpec(Spec):
 
 
 class JobSpec(Spec):
-    after: list[str] = Field(default_factory=list, max_length=64, description="Ids of jobs that must succeed first; if one fails, this one fails with its reason.")
+    after: list[str] = Field(
+        default_factory=list,
+        max_length=64,
+        description="Ids of jobs that must succeed first; if one fails, this one fails with its reason.",
+    )
     push_to_hub: HubSpec | None = Field(None, description="Push the result to a hub.")
 
 
@@ -246,9 +315,13 @@ class IftSpec(TrainSpec):
         if template.prompt is not None and template.response is None:
             raise ValueError("dataset.template.response: instruction tuning needs the answer apart from the prompt")
         if self.init and self.init.mode == "merge" and self.model.load_in_4bit:
-            raise ValueError("model.load_in_4bit: init.mode 'merge' folds the adapter into 16-bit weights; set it to false, or use 'stack'")
+            raise ValueError(
+                "model.load_in_4bit: init.mode 'merge' folds the adapter into 16-bit weights; set it to false, or use 'stack'"
+            )
         if self.init and self.init.mode == "continue" and self.lora.loftq_config:
-            raise ValueError("lora.loftq_config: 'continue' goes on from the adapter's own matrices, which LoftQ would replace")
+            raise ValueError(
+                "lora.loftq_config: 'continue' goes on from the adapter's own matrices, which LoftQ would replace"
+            )
         return self
 
 
@@ -257,9 +330,13 @@ class ExportSpec(JobSpec):
 
     kind: Literal["export"] = Field(description="Export.")
     adapter: AdapterRef = Field(description="Adapter to export, or name@step.")
-    format: Literal["lora", "merged_16bit", "merged_4bit", "gguf"] = Field("lora", description="lora: PEFT folder; merged_16bit: a transformers model.")
+    format: Literal["lora", "merged_16bit", "merged_4bit", "gguf"] = Field(
+        "lora", description="lora: PEFT folder; merged_16bit: a transformers model."
+    )
     quantization_method: str | None = Field(None, description="GGUF only, e.g. q4_k_m.")
-    verify: bool = Field(True, description="Reload the result and compare its next-token distributions with the live adapter's.")
+    verify: bool = Field(
+        True, description="Reload the result and compare its next-token distributions with the live adapter's."
+    )
 
     @model_validator(mode="after")
     def _check_export(self) -> Self:

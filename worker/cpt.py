@@ -1,0 +1,39 @@
+"""Continued pre-training: raw text in windows, LoRA on the projections, embeddings at their own rate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from service.specs import CptSpec
+from worker import model as models
+from worker import trainer as trainers
+from worker.base_model import load_tokenizer
+from worker.data import prepare
+from worker.fit import Build, Context, fit, tokens_per_pass
+from worker.outcome import Outcome, check
+
+
+def run(spec: CptSpec, context: Context) -> Outcome:
+    """Train the adapter of a cpt spec, or go on from the run folder's newest checkpoint.
+
+    Raises JobFailure (bad data, model or spec; nothing was trained), Interrupted and Fenced.
+    """
+    progress, paths = context.progress, context.paths
+    trainers.check_packing(spec)
+
+    # Data first: a bad row must not cost a model's load.
+    progress.phase("data")
+    tokenizer = load_tokenizer(paths.base, spec.model, **context.hub)
+    data = prepare(spec, tokenizer, file=paths.file, token=context.token)
+    progress.record({"data": {**data.report, "fingerprint": data.fingerprint}, "template": data.template.fingerprint})
+    check(progress)
+
+    progress.phase("model")
+    config = models.config_of(paths.base, spec.model, **context.hub)
+    checkpointing = models.wants_checkpointing(config, tokens_per_pass(spec, data))
+
+    def build() -> Any:
+        base = models.load_base(spec.model, paths.base, checkpointing=checkpointing, **context.hub)
+        return models.add_lora(base, spec.lora, seed=spec.training.seed, checkpointing=checkpointing)
+
+    return fit(spec, Build(build, checkpointing), tokenizer, data, context)

@@ -1,0 +1,154 @@
+"""What both recipes do once they have data and a model: train, save, read back, compare. Read top to bottom."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from service.settings import Settings
+from service.specs import CptSpec, IftSpec
+from worker import adapter_io, record, verify
+from worker import model as models
+from worker import trainer as trainers
+from worker.data import Prepared
+from worker.files import folder_bytes, whole_folder
+from worker.outcome import Ask, Interrupted, Outcome, Paths, Progress, check
+from worker.verify_math import next_token_logprobs
+
+PROBE_ROWS, PROBE_TOKENS = 16, 128
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a recipe was given, apart from its spec."""
+
+    paths: Paths
+    progress: Progress
+    settings: Settings
+    about: dict[str, Any]  # written beside the weights as lorry_adapter.json
+    token: str | None  # opens gated hub repositories
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.paths.run_dir / "checkpoints"
+
+    @property
+    def hub(self) -> dict[str, Any]:
+        return {"token": self.token, "trust_remote_code": self.settings.trust_remote_code}
+
+
+@dataclass
+class Trained:
+    """A finished training, its adapter saved: the numbers, and what the model in memory answered to one row."""
+
+    result: dict[str, Any]
+    ids: list[int]
+    logprobs: torch.Tensor  # [len(ids), vocabulary]
+
+
+@dataclass(frozen=True)
+class Build:
+    """How to make the model: called once, so that nobody else holds it when its memory is needed again."""
+
+    model: Callable[[], Any]  # a PeftModel whose "default" adapter is trainable
+    checkpointing: bool
+    parent: Path | None = None  # the frozen or merged adapter that the saved one must contain, too
+
+
+def fit(spec: CptSpec | IftSpec, build: Build, tokenizer: Any, data: Prepared, context: Context) -> Outcome:
+    """Train on `data`, from the newest checkpoint if there is one; save; reload from the files; compare and answer.
+
+    Returns how it ended. Raises JobFailure, Interrupted and Fenced.
+    """
+    trained = train_and_save(spec, build, tokenizer, data, context)
+    if not isinstance(trained, Trained):
+        return Outcome(trained)
+    ask = context.progress.asked()
+    if ask in ("cancel", "stop"):
+        raise Interrupted(ask)
+
+    # Only what was read back counts.
+    context.progress.phase("verifying")
+    gc.collect()
+    path, result = context.paths.out_dir, trained.result
+    result["verification"] = verify.reload_and_compare(
+        path, spec.model, context.paths.base, trained.ids, trained.logprobs, tokenizer, **context.hub
+    )
+    adapter = {
+        "path": str(path),
+        "step": result["step"],
+        "eval_loss": result["eval_loss"],
+        "bytes": folder_bytes(path),
+        "template": data.template.model_dump(),
+        "config": adapter_io.describe(path),
+    }
+    return Outcome("done", result=result, adapter=adapter)
+
+
+def train_and_save(
+    spec: CptSpec | IftSpec, build: Build, tokenizer: Any, data: Prepared, context: Context
+) -> Trained | Ask:
+    """Train and write the adapter's folder; or what was asked of the run, after its checkpoint. Frees its memory."""
+    paths, progress = context.paths, context.progress
+    model = build.model()
+    counts = models.count_parameters(model)
+    probe = [row[:PROBE_TOKENS] for row in (data.eval or data.train)[:PROBE_ROWS]["input_ids"]]
+
+    def save_adapter(folder: Path, step: int) -> None:
+        about = {**context.about, "step": step}
+        adapter_io.save(model, tokenizer, data.template, about, probe, folder, parent=build.parent, base=paths.base)
+
+    args = trainers.training_arguments(
+        spec,
+        paths.run_dir,
+        has_eval=data.eval is not None,
+        resuming=trainers.is_resuming(context.checkpoints),
+        checkpointing=build.checkpointing,
+    )
+    trainer = trainers.LorryTrainer(
+        model=model,
+        processing_class=tokenizer,
+        args=args,
+        train_dataset=data.train,
+        eval_dataset=data.eval,
+        save_adapter=save_adapter,
+        save_total_limit=spec.training.save_total_limit,
+    )
+    groups = trainers.check_optimizer(trainer, spec)
+    used = str(getattr(args.optim, "value", args.optim))
+    progress.record(
+        {
+            **counts,
+            "optimizer": {"asked": spec.training.optim, "used": used, "groups": groups},
+            "device": record.device(),
+            "versions": record.versions(),
+            "compute": models.compute_types(model, args),
+            "gradient_checkpointing": build.checkpointing,
+            "packing": {"asked": spec.training.packing, "used": False},
+        }
+    )
+    check(progress)
+
+    progress.phase("training")
+    progress.started()
+    asked = trainers.train(trainer, spec, progress, context.checkpoints)
+    if asked:
+        return asked
+    result = {**trainers.final_losses(trainer), **counts, "tokens": int(trainer.tokens)}
+    result["data_fingerprint"] = data.fingerprint
+
+    progress.phase("saving")
+    with whole_folder(paths.out_dir) as folder:
+        save_adapter(folder, result["step"])
+    progress.record({"peak_memory_bytes": record.peak_memory()})
+    return Trained(result, probe[0], next_token_logprobs(model, probe[0]))
+
+
+def tokens_per_pass(spec: CptSpec | IftSpec, data: Prepared) -> int:
+    """Tokens in the largest forward pass, padding included."""
+    return int(spec.training.per_device_train_batch_size * data.report["longest"])

@@ -1,0 +1,54 @@
+"""Instruction fine-tuning: chats or question-answer pairs, from the base or from an adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from service.errors import JobFailure
+from service.specs import IftSpec
+from worker import model as models
+from worker import trainer as trainers
+from worker.base_model import load_tokenizer
+from worker.data import prepare
+from worker.export.merge import merge_into_base
+from worker.fit import Build, Context, fit, tokens_per_pass
+from worker.outcome import Outcome, check
+
+
+def run(spec: IftSpec, context: Context) -> Outcome:
+    """Train the adapter of an ift spec, or go on from the run folder's newest checkpoint.
+
+    Raises JobFailure (bad data, model, spec or init; nothing was trained), Interrupted and Fenced.
+    """
+    progress, paths = context.progress, context.paths
+    trainers.check_packing(spec)
+    if spec.init and paths.parent is None:
+        raise JobFailure("adapter_not_found", f"init.adapter: no adapter {spec.init.adapter}")
+
+    # Data first: a bad row must not cost a model's load.
+    progress.phase("data")
+    tokenizer = load_tokenizer(paths.base, spec.model, **context.hub)
+    data = prepare(spec, tokenizer, file=paths.file, token=context.token)
+    progress.record({"data": {**data.report, "fingerprint": data.fingerprint}, "template": data.template.fingerprint})
+    check(progress)
+
+    progress.phase("model")
+    config = models.config_of(paths.base, spec.model, **context.hub)
+    checkpointing = models.wants_checkpointing(config, tokens_per_pass(spec, data))
+    seed, init, parent = spec.training.seed, spec.init, paths.parent
+
+    def build() -> Any:
+        base = models.load_base(spec.model, paths.base, checkpointing=checkpointing, **context.hub)
+        if init is None or parent is None:
+            return models.add_lora(base, spec.lora, seed=seed, checkpointing=checkpointing)
+        if init.mode == "stack":  # the adapter stays as it is, a second one learns on top of it
+            return models.stack_on(base, parent, spec.lora, seed=seed, checkpointing=checkpointing)
+        if init.mode == "merge":  # the adapter goes into the weights, a new one learns on those
+            merged = merge_into_base(base, parent)
+            return models.add_lora(merged, spec.lora, seed=seed, checkpointing=checkpointing)
+        model = models.add_lora(base, spec.lora, seed=seed, checkpointing=checkpointing)
+        models.continue_from(model, parent, spec.lora)  # continue: the adapter's own matrices are trained on
+        return model
+
+    contained = parent if init and init.mode in ("stack", "merge") else None
+    return fit(spec, Build(build, checkpointing, contained), tokenizer, data, context)

@@ -1,0 +1,74 @@
+"""What passes between a recipe and the task that runs it. No database, no HTTP, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+Ask = Literal["pause", "cancel", "stop"]
+
+
+class Progress(Protocol):
+    """What a recipe reports and how it learns that it should end. Every call may raise service.jobs.repository.Fenced."""
+
+    def phase(self, name: str) -> None:
+        """A new phase has begun: data, model, training, saving, verifying, …"""
+
+    def log(self, message: str) -> None: ...
+
+    def started(self) -> None:
+        """The work proper begins: preparing → running."""
+
+    def steps(self, values: dict[str, Any]) -> None:
+        """step, total_steps, epoch, tokens, tokens_per_second, eta_seconds."""
+
+    def metrics(self, split: Literal["train", "eval"], step: int, point: dict[str, Any]) -> None: ...
+
+    def resumed(self, step: int) -> None:
+        """Points beyond `step` are void: they will be written again."""
+
+    def checkpoints(self, present: dict[int, dict[str, Any]]) -> None:
+        """The checkpoints on disk now, by step: path, loss, eval_loss, bytes. Those not in it are gone."""
+
+    def record(self, values: dict[str, Any]) -> None:
+        """Add to the run's record."""
+
+    def asked(self) -> Ask | None:
+        """What was asked of this run, if anything: pause or cancel by a client, stop by a worker that shuts down."""
+
+
+class Interrupted(Exception):
+    """The run was asked to end before training began, or in a phase that has no checkpoint."""
+
+    def __init__(self, ask: Ask) -> None:
+        super().__init__(ask)
+        self.ask = ask
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where a recipe reads and writes."""
+
+    run_dir: Path  # checkpoints/, tensorboard/
+    out_dir: Path  # the finished adapter or export; made whole or not at all
+    base: str  # folder or hub id of the base model
+    file: Path | None = None  # the upload
+    parent: Path | None = None  # adapter folder that init or an export refers to
+
+
+@dataclass
+class Outcome:
+    """How a recipe ended: `done` with a result, or as it was asked to."""
+
+    ended: Literal["done", "pause", "cancel", "stop"]
+    result: dict[str, Any] = field(default_factory=dict)
+    adapter: dict[str, Any] = field(default_factory=dict)  # columns of the adapter's row
+    artifacts: list[dict[str, Any]] = field(default_factory=list)  # path, bytes, sha256
+
+
+def check(progress: Progress) -> None:
+    """Raise Interrupted if the run was asked to end. For phases without a checkpoint of their own."""
+    ask = progress.asked()
+    if ask:
+        raise Interrupted(ask)

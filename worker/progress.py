@@ -1,0 +1,159 @@
+"""Progress on SQL: short transactions, each fenced by the run id; a heartbeat thread; what clients asked of the run."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from sqlalchemy import delete, select
+from sqlalchemy.exc import OperationalError
+
+from service.db import Database
+from service.jobs import repository
+from service.jobs.repository import Fenced
+from service.models import CheckpointRow, JobRow, RunRow
+from service.settings import Settings
+from worker.outcome import Ask
+
+log = logging.getLogger("lorry.worker")
+POLL_SECONDS = 0.05  # at most this often a step asks SQL whether to pause or cancel
+PROGRESS_SECONDS = 1.0
+
+
+class SqlProgress:
+    """The Progress of a run. Use as a context manager: it owns the heartbeat thread."""
+
+    def __init__(self, db: Database, settings: Settings, job_id: str, run_id: str) -> None:
+        self.db, self.settings, self.job_id, self.run_id = db, settings, job_id, run_id
+        self.stopping = False  # set by a signal: the worker shuts down
+        self._fenced = False
+        self._polled = self._written = 0.0
+        self._control: str | None = None
+        self._progress: dict[str, Any] = {}
+        self._checkpoints: dict[int, dict[str, Any]] = {}
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def phase(self, name: str) -> None:
+        log.info("phase %s", name)
+        self._progress = {**self._progress, "phase": name}
+        self._write_progress()
+
+    def log(self, message: str) -> None:
+        log.info("%s", message)
+        self._event("log", {"message": message})
+
+    def started(self) -> None:
+        with self.db.write() as session:
+            if not repository.transition(session, self.job_id, ["preparing"], "running", run_id=self.run_id):
+                raise Fenced(self.job_id)
+
+    def steps(self, values: dict[str, Any]) -> None:
+        last = values["step"] >= values["total_steps"]
+        self._progress = {**self._progress, **values}
+        if last or time.monotonic() - self._written >= PROGRESS_SECONDS:
+            self._write_progress()
+
+    def metrics(self, split: Literal["train", "eval"], step: int, point: dict[str, Any]) -> None:
+        with self.db.write() as session:
+            repository.own(session, self.job_id, self.run_id)
+            repository.put_metrics(session, self.job_id, [(split, step, point)])
+            repository.add_event(session, self.job_id, "metrics", {"split": split, "step": step, **point})
+
+    def resumed(self, step: int) -> None:
+        with self.db.write() as session:
+            repository.own(session, self.job_id, self.run_id)
+            repository.drop_metrics_after(session, self.job_id, step)
+            repository.add_event(
+                session, self.job_id, "log", {"message": f"resumed from the checkpoint of step {step}"}
+            )
+
+    def checkpoints(self, present: dict[int, dict[str, Any]]) -> None:
+        with self.db.write() as session:
+            job_adapter = session.scalar(select(JobRow.adapter).where(JobRow.id == self.job_id))
+            repository.own(session, self.job_id, self.run_id)
+            known = {row.step: row for row in repository.checkpoints(session, self.job_id)}
+            gone = set(known) - set(present)
+            if gone:
+                session.execute(
+                    delete(CheckpointRow).where(CheckpointRow.job_id == self.job_id, CheckpointRow.step.in_(gone))
+                )
+            for step, values in present.items():
+                if step in known and known[step].path == values["path"]:
+                    continue
+                session.merge(CheckpointRow(job_id=self.job_id, step=step, created_at=time.time(), **values))
+                session.flush()
+                data = {"step": step, "loss": values["loss"], "eval_loss": values["eval_loss"]}
+                repository.add_event(session, self.job_id, "checkpoint", {**data, "adapter": f"{job_adapter}@{step}"})
+
+    def record(self, values: dict[str, Any]) -> None:
+        with self.db.write() as session:
+            repository.own(session, self.job_id, self.run_id)
+            row = session.get_one(RunRow, self.run_id)
+            row.record = {**row.record, **values}
+
+    def asked(self) -> Ask | None:
+        if self._fenced:
+            raise Fenced(self.job_id)
+        now = time.monotonic()
+        if now - self._polled >= POLL_SECONDS:
+            self._polled = now
+            with self.db.read() as session:
+                row = session.execute(
+                    select(JobRow.run_id, JobRow.control).where(JobRow.id == self.job_id)
+                ).one_or_none()
+            if row is None or row[0] != self.run_id:
+                raise Fenced(self.job_id)
+            self._control = row[1]
+        if self._control in ("pause", "cancel"):
+            return self._control  # type: ignore[return-value]
+        return "stop" if self.stopping else None
+
+    def _event(self, type: str, data: dict[str, Any]) -> None:
+        with self.db.write() as session:
+            repository.own(session, self.job_id, self.run_id)
+            repository.add_event(session, self.job_id, type, data)
+
+    def _write_progress(self) -> None:
+        self._written = time.monotonic()
+        with self.db.write() as session:
+            repository.own(session, self.job_id, self.run_id, progress=self._progress)
+            repository.add_event(session, self.job_id, "progress", self._progress)
+
+    def _beat(self) -> None:
+        """Say that the run lives. A database out of reach is waited for; a run that lost its job ends at the next step."""
+        while not self._end.wait(self.settings.heartbeat_seconds):
+            try:
+                with self.db.write() as session:
+                    repository.own(session, self.job_id, self.run_id)
+            except Fenced:
+                log.error("job %s has another run now; this one stops", self.job_id)
+                self._fenced = True
+                return
+            except OperationalError as error:
+                log.warning("heartbeat not written: %s", error)
+
+
+def tail(path: Path, lines: int = 200) -> list[str]:
+    """The last lines of a text file, reading at most 256 KiB of it; empty if there is none."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.path.getsize(path) - 262_144))
+            return file.read().decode("utf-8", "replace").splitlines()[-lines:]
+    except OSError:
+        return []

@@ -1,0 +1,146 @@
+"""The RQ parent: takes ids from the queue, forks a child per job, settles what a dead child left behind. No torch here."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import time
+from typing import Any
+
+from redis import Redis
+from redis.exceptions import RedisError
+from rq import Queue, Worker
+from rq.job import Job
+
+from service.db import Database
+from service.jobs import repository
+from service.jobs.states import ACTIVE
+from service.migrate import is_current
+from service.queue import JobQueue
+from service.reconcile import give_back, reconcile
+from service.settings import Settings
+
+log = logging.getLogger("lorry.worker")
+
+
+class LorryWorker(Worker):  # type: ignore[misc, unused-ignore]
+    """An RQ worker whose jobs' outcomes live in SQL.
+
+    The child is asked to checkpoint when this process is told to stop, and once more killed if it takes too long.
+    """
+
+    def __init__(self, settings: Settings, **kwargs: Any) -> None:
+        self.settings = settings
+        self.horse_status: int | None = None
+        self.stop_deadline: float | None = None
+        name = f"{socket.gethostname()}.{os.getpid()}.{os.urandom(3).hex()}"
+        connection = Redis.from_url(settings.redis_url, health_check_interval=30)
+        super().__init__(
+            [Queue(settings.queue, connection=connection, default_timeout=-1)],
+            name=name,
+            connection=connection,
+            default_result_ttl=0,
+            # RQ's own time-outs are not used: SQL's heartbeats say who is alive. The TTL only bounds how long a dead
+            # worker stays listed, and the monitoring interval how often a live child is looked at.
+            worker_ttl=90,
+            job_monitoring_interval=5,
+            **kwargs,
+        )
+
+    def execute_job(self, job: Job, queue: Queue) -> Any:
+        self.horse_status = None
+        try:
+            return super().execute_job(job, queue)
+        finally:
+            self.settle(job.id)
+
+    def wait_for_horse(self) -> Any:
+        if self.stop_deadline and time.monotonic() > self.stop_deadline:
+            log.error("the job did not stop within %g s and is killed", self.settings.shutdown_seconds)
+            self.kill_horse(signal.SIGKILL)
+        elif self.stop_deadline:
+            self.ask_horse_to_stop()  # again: a child just forked ignores the signal until it has a handler
+        pid, status, usage = super().wait_for_horse()
+        if status is not None:
+            self.horse_status = status
+        return pid, status, usage
+
+    def settle(self, job_id: str) -> None:
+        """If the child left its job unfinished it died: say why, and give the job back."""
+        db, queue = Database(self.settings.sqlalchemy_url), JobQueue(self.settings.redis_url, self.settings.queue)
+        try:
+            with db.read() as session:
+                row = repository.get(session, job_id)
+            if row is not None and row.status in ACTIVE and row.worker == self.name:
+                give_back(
+                    db,
+                    queue,
+                    self.settings,
+                    job_id,
+                    row.run_id,
+                    code="worker_killed",
+                    reason=describe(self.horse_status),
+                )
+        finally:
+            db.dispose()
+
+    def handle_warm_shutdown_request(self) -> None:
+        super().handle_warm_shutdown_request()
+        self.ask_horse_to_stop()
+
+    def request_force_stop(self, signum: int, frame: Any) -> None:
+        # RQ's second signal kills the child at once; a job should lose nothing to an impatient Ctrl-C.
+        self.ask_horse_to_stop()
+
+    def ask_horse_to_stop(self) -> None:
+        if self.horse_pid:
+            self.stop_deadline = self.stop_deadline or time.monotonic() + self.settings.shutdown_seconds
+            try:
+                os.kill(self.horse_pid, signal.SIGUSR1)
+            except ProcessLookupError:
+                pass
+
+
+def describe(status: int | None) -> str:
+    """A wait status in words."""
+    if status is None:
+        return "its process ended without a word"
+    if os.WIFSIGNALED(status):
+        name = signal.Signals(os.WTERMSIG(status)).name
+        hint = "; if nobody did this, the system was out of memory" if name == "SIGKILL" else ""
+        return f"its process was killed by {name}{hint}"
+    return f"its process ended with exit code {os.WEXITSTATUS(status)}"
+
+
+def main() -> None:
+    """`lorry worker`: run until told to stop. SIGTERM and SIGINT let the running job checkpoint and go back to the queue."""
+    settings = Settings()
+    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    if not is_current(settings.sqlalchemy_url):
+        raise SystemExit("the database is not at the newest revision: run `lorry migrate`")
+    wait_for_queue(settings)
+    db = Database(settings.sqlalchemy_url)
+    reconcile(db, JobQueue(settings.redis_url, settings.queue), settings)
+    db.dispose()  # nothing of it may cross the fork
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # inherited by the child, until it can act on it
+    LorryWorker(settings).work(with_scheduler=False, logging_level=settings.log_level)
+
+
+def wait_for_queue(settings: Settings, seconds: float = 60) -> None:
+    """Wait for the Redis-protocol server. Raises SystemExit if it does not answer in time."""
+    redis: Any = Redis.from_url(settings.redis_url)
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            redis.ping()
+            return
+        except RedisError as error:
+            if time.monotonic() > deadline:
+                raise SystemExit(f"no answer from the queue server: {error}") from error
+            time.sleep(0.5)
+
+
+if __name__ == "__main__":
+    main()

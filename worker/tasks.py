@@ -1,0 +1,276 @@
+"""run_job(id): claim, recipe, finish. The one place where a job's outcome is decided and stored.
+
+This module is loaded in the forked child before torch; the recipes bring torch with them when they are imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import importlib
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import update
+from sqlalchemy.orm import Session
+
+from service.adapters import service as adapters
+from service.db import Database
+from service.errors import JobFailure, NotFound
+from service.files import service as files
+from service.ids import new_id
+from service.jobs import repository
+from service.jobs.repository import Fenced
+from service.models import AdapterRow, ArtifactRow, FileRow, JobRow, RunRow
+from service.queue import JobQueue
+from service.reconcile import after_end
+from service.settings import Settings
+from service.specs import CptSpec, ExportSpec, IftSpec, parse_spec
+from worker.outcome import Interrupted, Outcome, Paths
+from worker.progress import SqlProgress, tail
+
+log = logging.getLogger("lorry.worker")
+RECIPES = {"cpt": "worker.cpt", "ift": "worker.ift", "export": "worker.export.job"}
+
+
+def run_job(job_id: str) -> None:
+    """Run one attempt at a job, in the child that RQ forked for it. Outcomes go to SQL; nothing is raised."""
+    settings = Settings()
+    db, queue = Database(settings.sqlalchemy_url), JobQueue(settings.redis_url, settings.queue)
+    run_id = new_id("run")
+    with db.write() as session:
+        row = repository.claim(session, job_id, run_id, os.environ.get("RQ_WORKER_ID", f"pid-{os.getpid()}"))
+    if row is None:
+        return  # cancelled, done, or taken by another worker: a queue entry is only a hint
+    run_dir = settings.job_dir(job_id)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    progress = SqlProgress(db, settings, job_id, run_id)
+    with log_to(run_dir / "log.txt"), stop_on_signal(progress):
+        log.info("job %s attempt %d run %s", job_id, row.attempt, run_id)
+        try:
+            with progress:
+                outcome = execute(db, queue, settings, row, progress)
+            finish(db, settings, row, run_id, outcome)
+        except Fenced:
+            log.error("job %s belongs to another run now; nothing more is written", job_id)
+            return
+        except Interrupted as interrupted:
+            finish(db, settings, row, run_id, Outcome(interrupted.ask))
+        except BaseException as error:
+            traceback.print_exc()
+            fail(db, settings, row, run_id, classify(error))
+    after_end(db, queue, job_id)
+
+
+def execute(db: Database, queue: JobQueue, settings: Settings, row: JobRow, progress: SqlProgress) -> Outcome:
+    """Resolve what the spec names to paths and run its recipe."""
+    spec = parse_spec(row.spec)
+    progress.phase("starting")
+    prepare_process(settings)
+    from worker.base_model import resolve  # after prepare_process: it reads the environment
+
+    with db.read() as session:
+        parent = parent_of(session, settings, spec)
+        file = None
+        if isinstance(spec, (CptSpec, IftSpec)) and spec.dataset.file_id:
+            upload = session.get(FileRow, spec.dataset.file_id)
+            if upload is None:
+                raise JobFailure("invalid_data", f"dataset.file_id: no file {spec.dataset.file_id}")
+            file = files.file_path(settings, upload).absolute()
+    base_name = parent.base if isinstance(spec, ExportSpec) and parent else spec.model.name  # type: ignore[union-attr]
+    base = resolve(base_name or settings.base_model, settings)
+    out_root = settings.exports_dir if isinstance(spec, ExportSpec) else settings.adapters_dir
+    paths = Paths(
+        run_dir=settings.job_dir(row.id).absolute(), out_dir=(out_root / row.id).absolute(), base=base, file=file,
+        parent=parent.path if parent else None,
+    )  # fmt: skip
+    paths.out_dir.parent.mkdir(parents=True, exist_ok=True)
+    about = {"base": base_name, "kind": row.kind, "job": row.id, "name": row.adapter, "lineage": row.lineage}
+    from worker.fit import Context
+
+    context = Context(paths=paths, progress=progress, settings=settings, about=about, token=hub_token(queue, row.id))
+    recipe = importlib.import_module(RECIPES[row.kind])
+    outcome: Outcome = recipe.run(spec, context)
+    return outcome
+
+
+def parent_of(session: Session, settings: Settings, spec: CptSpec | IftSpec | ExportSpec) -> adapters.Resolved | None:
+    """The adapter that an ift starts from or that an export exports. Raises JobFailure."""
+    ref = (
+        spec.init.adapter
+        if isinstance(spec, IftSpec) and spec.init
+        else spec.adapter
+        if isinstance(spec, ExportSpec)
+        else None
+    )
+    if ref is None:
+        return None
+    try:
+        return adapters.resolve(session, ref)
+    except NotFound as error:
+        raise JobFailure("adapter_not_found", error.message) from error
+
+
+def hub_token(queue: JobQueue, job_id: str) -> str | None:
+    """The token sent with the job, else the server's own. A queue out of reach counts as none sent."""
+    with contextlib.suppress(Exception):
+        token = queue.token(job_id)
+        if token:
+            return token
+    return os.environ.get("HF_TOKEN") or None
+
+
+def finish(db: Database, settings: Settings, row: JobRow, run_id: str, outcome: Outcome) -> None:
+    """Store how a run ended, with its adapter and artifacts, in one transaction. Raises Fenced."""
+    with db.write() as session:
+        match outcome.ended:
+            case "done":
+                moved = repository.transition(
+                    session, row.id, ["running"], "succeeded", run_id=run_id, result=outcome.result
+                )
+                if moved and row.kind != "export":
+                    values = {**outcome.adapter, "ready": True}
+                    session.execute(update(AdapterRow).where(AdapterRow.job_id == row.id).values(**values))
+                for artifact in outcome.artifacts if moved else ():
+                    session.merge(ArtifactRow(job_id=row.id, **artifact))
+            case "cancel":
+                moved = repository.transition(
+                    session,
+                    row.id,
+                    ["preparing", "running"],
+                    "cancelled",
+                    run_id=run_id,
+                    reason="cancelled by a client",
+                )
+            case "pause":
+                moved = repository.transition(
+                    session, row.id, ["preparing", "running"], "paused", run_id=run_id, reason="paused by a client"
+                )
+            case "stop":
+                moved = repository.transition(
+                    session,
+                    row.id,
+                    ["preparing", "running"],
+                    "queued",
+                    run_id=run_id,
+                    reason="its worker was told to stop",
+                )
+    if not moved:
+        raise Fenced(row.id)
+
+
+def fail(db: Database, settings: Settings, row: JobRow, run_id: str, failure: JobFailure) -> None:
+    """Store a failure: for good, or back to the queue if another attempt may help and one is left."""
+    error = failure.body()
+    lines = tail(settings.job_dir(row.id) / "log.txt")
+    with db.write() as session:
+        run = session.get(RunRow, run_id)
+        if run is not None:
+            run.record = {**run.record, "log_tail": lines}
+        if failure.retry and row.attempt < settings.max_attempts:
+            repository.transition(
+                session,
+                row.id,
+                ["preparing", "running"],
+                "queued",
+                run_id=run_id,
+                reason=failure.message,
+                attempt=row.attempt + 1,
+            )
+            return
+        if failure.retry:
+            error["message"] = f"attempt {row.attempt} of {settings.max_attempts}: {failure.message}"
+        repository.transition(
+            session, row.id, ["preparing", "running"], "failed", run_id=run_id, reason=failure.message, error=error
+        )
+
+
+def classify(error: BaseException) -> JobFailure:
+    """The JobFailure that an exception amounts to. What is nobody's fault may be tried again."""
+    if isinstance(error, JobFailure):
+        return error
+    text = str(error)
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in text
+        or "CUDA out of memory" in text
+    ):
+        advice = "use a smaller per_device_train_batch_size or max_seq_length"
+        return JobFailure("out_of_memory", f"{advice}: {text.splitlines()[0] if text else 'no memory left'}")
+    if (
+        (isinstance(error, OSError)
+        and error.errno in (errno.ENOSPC, errno.EDQUOT))
+        or "No space left on device" in text
+        or "database or disk is full" in text
+    ):
+        return JobFailure("insufficient_storage", f"the disk of the data folder is full: {text}")
+    first = text.splitlines()[0] if text else ""
+    return JobFailure("internal_error", f"{type(error).__name__}: {first}", retry=True)
+
+
+def prepare_process(settings: Settings) -> None:
+    """What must be set before torch and the hub libraries are imported."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str((settings.data_dir / "unsloth_compiled_cache").absolute()))
+    if settings.torch_threads:
+        os.environ["OMP_NUM_THREADS"] = str(settings.torch_threads)
+        import torch
+
+        torch.set_num_threads(settings.torch_threads)
+
+
+@contextlib.contextmanager
+def stop_on_signal(progress: SqlProgress) -> Iterator[None]:
+    """SIGUSR1 (from the worker) and the worker's own death ask the run to checkpoint and go back to the queue."""
+
+    def stop(*_: Any) -> None:
+        progress.stopping = True
+
+    previous = signal.signal(signal.SIGUSR1, stop)
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGUSR1)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            progress.stopping = True
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
+
+
+@contextlib.contextmanager
+def log_to(path: Path) -> Iterator[None]:
+    """Send this process's stdout and stderr, libraries' included, to the run's log; a new attempt appends."""
+    saved = os.dup(1), os.dup(2)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with open(path, "ab", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    handler = logging.StreamHandler(open(os.dup(2), "w", buffering=1))  # noqa: SIM115
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    root = logging.getLogger("lorry")
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        handler.stream.close()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(saved[0], 1)
+        os.dup2(saved[1], 2)
+        os.close(saved[0])
+        os.close(saved[1])

@@ -1,0 +1,378 @@
+"""The trainer both recipes use: Unsloth's, with checkpoints that are whole or absent and nothing counted twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from unsloth import UnslothTrainer, UnslothTrainingArguments, is_bfloat16_supported
+
+from service.errors import JobFailure
+from service.specs import CptSpec, IftSpec
+from worker.files import folder_bytes, replace_folder, write_json
+from worker.model import EMBEDDINGS, load_weights, on_gpu
+from worker.outcome import Ask, Interrupted, Progress
+
+PENDING = "lorry_trainer.json"
+SaveAdapter = Callable[[Path, int], None]  # (folder, step): write the adapter as it is now
+
+
+def training_arguments(
+    spec: CptSpec | IftSpec, run_dir: Path, *, has_eval: bool, resuming: bool, checkpointing: bool
+) -> UnslothTrainingArguments:
+    """TrainingArguments of a spec. The names are the same; what is added here is said why."""
+    t = spec.training
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run_dir / "tensorboard")  # transformers 5 has no argument for it
+    bf16 = bool(is_bfloat16_supported()) and spec.model.dtype in ("auto", "bfloat16")
+    return UnslothTrainingArguments(
+        embedding_learning_rate=t.embedding_learning_rate if spec.lora.train_embeddings else None,
+        output_dir=str(run_dir / "checkpoints"),
+        per_device_train_batch_size=t.per_device_train_batch_size,
+        per_device_eval_batch_size=t.per_device_eval_batch_size,
+        gradient_accumulation_steps=t.gradient_accumulation_steps,
+        # transformers 5: a float below 1 is a ratio, and 1 or more a number of steps.
+        warmup_steps=min(t.warmup_ratio, 0.999999),
+        num_train_epochs=t.num_train_epochs,
+        max_steps=t.max_steps,
+        learning_rate=t.learning_rate,
+        optim=t.optim,
+        weight_decay=t.weight_decay,
+        max_grad_norm=t.max_grad_norm,
+        lr_scheduler_type=t.lr_scheduler_type,
+        logging_steps=t.logging_steps,
+        logging_first_step=True,
+        eval_strategy="steps" if has_eval else "no",
+        eval_steps=t.eval_steps if has_eval else None,
+        eval_on_start=has_eval and not resuming,
+        save_strategy="steps",
+        save_steps=t.save_steps,
+        load_best_model_at_end=t.keeps_best,
+        metric_for_best_model="eval_loss" if has_eval else None,
+        greater_is_better=False if has_eval else None,
+        seed=t.seed,
+        data_seed=t.seed,
+        bf16=bf16,
+        fp16=on_gpu() and not bf16 and spec.model.dtype != "float32",
+        gradient_checkpointing=checkpointing,
+        prediction_loss_only=True,
+        report_to=["tensorboard"],
+        disable_tqdm=True,
+        remove_unused_columns=True,
+        max_length=None,  # rows are cut before they come here
+        packing=False,
+        loss_type="nll",  # Unsloth's fused loss takes the vocabulary in chunks; TRL's own chunked loss also computes the entropy
+        dataset_kwargs={"skip_prepare_dataset": True},
+        dataloader_pin_memory=on_gpu(),
+    )
+
+
+class LorryTrainer(UnslothTrainer):  # type: ignore[misc, unused-ignore]
+    """UnslothTrainer with whole checkpoints, float32 trainable weights and an evaluation that computes the loss only."""
+
+    def __init__(self, *, save_adapter: SaveAdapter, save_total_limit: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.save_adapter = save_adapter
+        self.keep = save_total_limit
+        self.tokens = torch.zeros((), dtype=torch.long, device=self.args.device)  # on the device: no sync per step
+        # TRL casts the trainable weights of a 4-bit model to bfloat16, where a step of 1e-5 on an embedding is lost to
+        # rounding. Optimiser and weights stay in float32, as Unsloth keeps them on a GPU.
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        mask = inputs.get("attention_mask")
+        self.tokens += mask.sum().to(self.tokens.device) if mask is not None else inputs["input_ids"].numel()
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if model.training:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        # TRL would also compute entropy and accuracy over the whole vocabulary, which costs more than the loss.
+        inputs["use_cache"] = False
+        return Trainer.compute_loss(self, model, inputs, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        self.save_adapter(Path(output_dir or self.args.output_dir), self.state.global_step)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write the checkpoint beside its place, sync, rename, then delete the oldest beyond the limit."""
+        final_root = self.args.output_dir
+        name = f"checkpoint-{self.state.global_step}"
+        target, staging_root = Path(final_root) / name, Path(final_root) / ".staging"
+        shutil.rmtree(staging_root, ignore_errors=True)
+        self.state.num_input_tokens_seen = int(self.tokens)
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(target)
+        # The base class writes below args.output_dir and rotates there; with one checkpoint in it, it rotates nothing.
+        self.args.output_dir = str(staging_root)
+        best = self.state.best_model_checkpoint
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.output_dir = final_root
+        self.state.best_model_checkpoint = best
+        self.state.save_to_json(str(staging_root / name / "trainer_state.json"))
+        # The running mean of the loss since the last logged point: without it the first point after a resume would
+        # average over fewer steps than an uninterrupted run's.
+        pending = {"loss_sum": self._tr_loss.item(), "last_logged_step": self._globalstep_last_logged}
+        write_json(staging_root / name / PENDING, pending)
+        replace_folder(staging_root / name, target)
+        shutil.rmtree(staging_root, ignore_errors=True)
+        steps = sorted(checkpoints_in(Path(final_root)))
+        for step in [s for s in steps if s not in (self.state.best_global_step, steps[-1])][
+            : max(0, len(steps) - self.keep)
+        ]:
+            shutil.rmtree(Path(final_root) / f"checkpoint-{step}")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load the trainable matrices, embeddings included; every tensor must find its place."""
+        load_weights(self.model, trainable_part(Path(resume_from_checkpoint)))
+
+    def restore_pending_loss(self, checkpoint: Path) -> None:
+        """Go on with the loss summed since the last logged point before `checkpoint`."""
+        pending = json.loads((checkpoint / PENDING).read_text())
+        self._tr_loss.fill_(pending["loss_sum"])
+        self._globalstep_last_logged = pending["last_logged_step"]
+
+    def _load_best_model(self) -> None:
+        load_weights(self.model, trainable_part(Path(self.state.best_model_checkpoint)))
+
+
+def trainable_part(folder: Path) -> Path:
+    """Where a checkpoint keeps what a resumed run loads: a stacked adapter's folder holds the sum, this the second half."""
+    part = folder / "trainable"
+    return part if part.is_dir() else folder
+
+
+def checkpoints_in(folder: Path) -> dict[int, Path]:
+    """Whole checkpoints by step; a folder gets its name only when all is in it."""
+    if not folder.is_dir():
+        return {}
+    named = {p.name.removeprefix("checkpoint-"): p for p in folder.iterdir() if p.name.startswith("checkpoint-")}
+    return {int(step): path for step, path in named.items() if step.isdecimal()}
+
+
+def describe_checkpoints(folder: Path) -> dict[int, dict[str, Any]]:
+    """path, loss, eval_loss and bytes of each checkpoint, from its own trainer_state.json."""
+    out = {}
+    for step, path in checkpoints_in(folder).items():
+        history = json.loads((path / "trainer_state.json").read_text())["log_history"]
+        losses = [h["loss"] for h in history if "loss" in h]
+        evals = [h["eval_loss"] for h in history if "eval_loss" in h and h["step"] == step]
+        out[step] = {
+            "path": str(path),
+            "loss": losses[-1] if losses else None,
+            "eval_loss": evals[-1] if evals else None,
+            "bytes": folder_bytes(path),
+        }
+    return out
+
+
+class Reporter(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    """Metrics, progress and checkpoints to Progress; pause, cancel and stop from it, at the end of the step."""
+
+    def __init__(self, progress: Progress, trainer: LorryTrainer, resumed_from: Path | None) -> None:
+        self.progress, self.trainer, self.resumed_from = progress, trainer, resumed_from
+        self.ended: Ask | None = None
+        self.busy = 0.0  # seconds in training steps since the last logged point
+        self.logged_tokens = 0
+        self.began = self.step_began = time.perf_counter()
+        self.first_step = 0
+        self.rates: dict[str, float] = {}
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.trainer.tokens.fill_(state.num_input_tokens_seen)
+        self.logged_tokens = state.num_input_tokens_seen
+        self.first_step = state.global_step
+        self.began = time.perf_counter()
+        if self.resumed_from:
+            self.trainer.restore_pending_loss(self.resumed_from)
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.step_began = time.perf_counter()
+
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        # The rates this step is taken with; after it the scheduler has already set the next step's.
+        groups = self.trainer.optimizer.param_groups
+        self.rates = {f"{'embedding_' if g.get('lorry_embeddings') else ''}learning_rate": g["lr"] for g in groups}
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        now = time.perf_counter()
+        self.busy += now - self.step_began
+        self._ask(control)
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # the last point of the curve, whatever logging_steps is
+        per_step = (now - self.began) / max(1, state.global_step - self.first_step)
+        self.progress.steps(
+            {
+                "step": state.global_step,
+                "total_steps": state.max_steps,
+                "epoch": round(state.epoch or 0.0, 4),
+                "eta_seconds": round(per_step * (state.max_steps - state.global_step), 1),
+            }
+        )
+
+    def on_prediction_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._ask(control)
+        if self.ended:
+            raise Interrupted(self.ended)  # an evaluation may be long; the step before it is whole
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
+        logs = logs or {}
+        epoch = round(state.epoch or 0.0, 4)
+        if "eval_loss" in logs:
+            self.progress.metrics("eval", state.global_step, {"epoch": epoch, "eval_loss": logs["eval_loss"]})
+        elif "loss" in logs:
+            tokens = int(self.trainer.tokens)
+            speed = round((tokens - self.logged_tokens) / self.busy, 1) if self.busy else 0.0
+            point = {
+                "epoch": epoch,
+                "loss": logs["loss"],
+                "grad_norm": logs.get("grad_norm"),
+                **self.rates,
+                "tokens": tokens,
+                "tokens_per_second": speed,
+            }
+            if on_gpu():
+                point["memory_bytes"] = torch.cuda.max_memory_allocated()
+            self.progress.metrics("train", state.global_step, point)
+            self.progress.steps(
+                {
+                    "step": state.global_step,
+                    "total_steps": state.max_steps,
+                    "epoch": epoch,
+                    "tokens": tokens,
+                    "tokens_per_second": speed,
+                }
+            )
+            self.logged_tokens, self.busy = tokens, 0.0
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.progress.checkpoints(describe_checkpoints(Path(args.output_dir)))
+
+    def _ask(self, control: TrainerControl) -> None:
+        self.ended = self.ended or self.progress.asked()
+        if self.ended:
+            control.should_save = control.should_training_stop = True
+
+
+def check_optimizer(trainer: LorryTrainer, spec: CptSpec | IftSpec) -> list[dict[str, Any]]:
+    """Assert what each optimiser group holds and at which rate; mark the embeddings' groups; return what to record.
+
+    Raises JobFailure if embed_tokens or lm_head would train at the wrong rate or not at all, or if a trainable
+    parameter is in no group.
+    """
+    trainer.create_optimizer()
+    names = {id(p): n for n, p in trainer.model.named_parameters() if p.requires_grad}
+    seen: set[int] = set()
+    groups = []
+    for group in trainer.optimizer.param_groups:
+        members = [names.get(id(p)) for p in group["params"]]
+        seen |= {id(p) for p in group["params"]}
+        embeddings = {e for e in EMBEDDINGS for n in members if n and f".{e}.modules_to_save." in n}
+        lora = [n for n in members if n and ".lora_" in n]
+        if None in members or (embeddings and lora):
+            raise JobFailure(
+                "internal_error", "an optimiser group mixes embeddings and LoRA matrices, or holds a frozen weight"
+            )
+        want = spec.training.embedding_learning_rate if embeddings else spec.training.learning_rate
+        if group["lr"] != want:
+            raise JobFailure("internal_error", f"an optimiser group has learning rate {group['lr']}, not {want}")
+        group["lorry_embeddings"] = bool(embeddings)
+        groups.append(
+            {
+                "learning_rate": want,
+                "weight_decay": group["weight_decay"],
+                "tensors": len(members),
+                "parameters": sum(p.numel() for p in group["params"]),
+                "modules": sorted(embeddings) or sorted({n.split(".lora_")[0].rsplit(".", 1)[-1] for n in lora}),
+                "dtype": str(group["params"][0].dtype).removeprefix("torch."),
+            }
+        )
+    found = {m for g in groups for m in g["modules"]}
+    if spec.lora.train_embeddings and not set(EMBEDDINGS) <= found:
+        raise JobFailure("internal_error", f"train_embeddings: only {sorted(found & set(EMBEDDINGS))} would be trained")
+    if seen != set(names):
+        raise JobFailure("internal_error", "a trainable weight is in no optimiser group")
+    return groups
+
+
+def check_packing(spec: CptSpec | IftSpec) -> None:
+    """Raise JobFailure if packing was demanded where no exact kernel is wired up; 'auto' falls back to padded rows."""
+    if spec.training.packing is True:
+        raise JobFailure(
+            "unsupported",
+            "training.packing: no attention kernel here keeps packed rows apart exactly; use 'auto' or false",
+        )
+
+
+def train(trainer: LorryTrainer, spec: CptSpec | IftSpec, progress: Progress, checkpoints: Path) -> Ask | None:
+    """Train from the newest whole checkpoint, or from the start. Returns what ended it early, after a checkpoint, or None."""
+    shutil.rmtree(checkpoints / ".staging", ignore_errors=True)
+    if spec.training.early_stopping_patience:
+        trainer.add_callback(EarlyStoppingCallback(spec.training.early_stopping_patience))
+    present = checkpoints_in(checkpoints)
+    last = max(present, default=None)
+    reporter = Reporter(progress, trainer, present[last] if last is not None else None)
+    trainer.add_callback(reporter)
+    if last is not None:
+        progress.checkpoints(describe_checkpoints(checkpoints))
+        progress.resumed(last)
+    try:
+        trainer.train(resume_from_checkpoint=str(present[last]) if last is not None else None)
+    except Interrupted:
+        if trainer.state.global_step and trainer.state.global_step not in checkpoints_in(checkpoints):
+            trainer._save_checkpoint(trainer.model, None)
+            reporter.on_save(trainer.args, trainer.state, trainer.control)
+    return reporter.ended
+
+
+def final_losses(trainer: LorryTrainer) -> dict[str, Any]:
+    """Evaluation loss at the start and of what was kept, the last training loss, and the steps they belong to."""
+    state = trainer.state
+    evals = {h["step"]: h["eval_loss"] for h in state.log_history if "eval_loss" in h}
+    losses = [h for h in state.log_history if "loss" in h]
+    kept = (
+        state.best_global_step if trainer.args.load_best_model_at_end and state.best_global_step else state.global_step
+    )
+    if evals and kept not in evals:
+        evals[kept] = trainer.evaluate()["eval_loss"]
+    return {
+        "step": kept,
+        "steps_trained": state.global_step,
+        "train_loss": losses[-1]["loss"] if losses else None,
+        "eval_loss_start": evals.get(0),
+        "eval_loss": evals.get(kept),
+        "best_step": state.best_global_step,
+        "stopped_early": state.global_step < state.max_steps,
+    }
+
+
+def is_resuming(checkpoints: Path) -> bool:
+    return bool(checkpoints_in(checkpoints))
+
+
+__all__ = [
+    "LorryTrainer",
+    "TrainingArguments",
+    "check_optimizer",
+    "final_losses",
+    "is_resuming",
+    "train",
+    "training_arguments",
+]
