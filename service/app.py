@@ -17,14 +17,13 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CollectorRegistry
 from starlette.exceptions import HTTPException
 
-from service import health
+from service import graphs, health
 from service.adapters import endpoints as adapters
 from service.auth import BearerAuth
 from service.db import Database
 from service.errors import BadRequest, Invalid, LorryError, UnsupportedMedia
 from service.files import endpoints as files
 from service.files.service import drop_unfinished
-from service.graphs import router as graphs
 from service.jobs import endpoints as jobs
 from service.jobs.events import EventHub
 from service.migrate import is_current
@@ -52,7 +51,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.state.settings = settings
     app.state.registry = registry
-    for router in (files.router, jobs.router, graphs, adapters.router, health.router):
+    for router in (files.router, jobs.router, graphs.router, adapters.router, health.router):
         app.include_router(router)
     for name in ("service.generate.endpoints", "service.openai.endpoints"):  # being written
         if importlib.util.find_spec(name):
@@ -78,6 +77,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     engine = None
     if importlib.util.find_spec("service.engine_client"):
         engine = app.state.engine = importlib.import_module("service.engine_client").EngineClient(settings)
+    collector = health.JobsCollector(app.state.registry, db, queue)
     app.state.events = hub = EventHub(db)
     loop = asyncio.create_task(_reconcile_forever(db, queue, settings))
     try:
@@ -85,6 +85,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     finally:
         loop.cancel()
         await asyncio.gather(loop, return_exceptions=True)
+        app.state.registry.unregister(collector)
         await hub.close()
         if engine is not None:
             await engine.aclose()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, cast
+from collections.abc import Collection
+from pathlib import Path
+from typing import Annotated, Protocol, cast
 
 from fastapi import Depends, Request
 
@@ -10,8 +12,15 @@ from service.db import Database
 from service.queue import JobQueue
 from service.settings import Settings
 
-if TYPE_CHECKING:
-    from service.engine_client import EngineClient
+
+class EngineClient(Protocol):
+    """What the registry asks of the engine. Every call may raise LorryError, Unavailable if it does not answer."""
+
+    async def loaded(self) -> Collection[str]: ...
+
+    async def load(self, name: str, path: Path) -> None: ...
+
+    async def unload(self, name: str) -> None: ...
 
 
 def _settings(request: Request) -> Settings:
@@ -26,10 +35,11 @@ def _queue(request: Request) -> JobQueue:
     return cast(JobQueue, request.app.state.queue)
 
 
-def engine_of(request: Request) -> EngineClient:
-    return cast("EngineClient", request.app.state.engine)
+def _engine(request: Request) -> EngineClient:
+    return cast(EngineClient, request.app.state.engine)
 
 
 SettingsDep = Annotated[Settings, Depends(_settings)]
 DbDep = Annotated[Database, Depends(_db)]
+EngineDep = Annotated[EngineClient, Depends(_engine)]
 QueueDep = Annotated[JobQueue, Depends(_queue)]

@@ -2,12 +2,154 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+import httpx
+from fastapi import APIRouter, Query, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+from pydantic import BaseModel, Field
+from redis.exceptions import RedisError
+from sqlalchemy.exc import SQLAlchemyError
+
+from service.db import Database
+from service.deps import DbDep, QueueDep, SettingsDep
+from service.errors import Invalid
+from service.jobs import repository
+from service.migrate import is_current
+from service.queue import JobQueue
+from service.settings import Settings
 
 router = APIRouter(tags=["health"])
+PARTS = ("database", "queue", "workers", "engine")
 
 
-@router.get("/healthz", summary="Liveness")
-def healthz() -> dict[str, str]:
-    """Answers as long as the process does."""
-    return {"status": "ok"}
+class Alive(BaseModel):
+    status: Literal["ok"] = Field("ok", description="Always 'ok'.")
+
+
+class Part(BaseModel):
+    ok: bool = Field(description="Whether this part can do its work.")
+    detail: str = Field(description="What was seen.")
+
+
+class Ready(BaseModel):
+    ready: bool = Field(description="Whether all parts asked for are.")
+    parts: dict[str, Part] = Field(description="database, queue, workers, engine.")
+
+
+@router.get("/healthz", response_model=Alive, summary="Liveness")
+async def healthz() -> Alive:
+    """Answers as long as the process does; needs no key."""
+    return Alive()
+
+
+@router.get(
+    "/readyz",
+    response_model=Ready,
+    summary="Readiness by part",
+    responses={503: {"model": Ready, "description": "At least one part is not ready."}},
+)
+def readyz(
+    response: Response,
+    db: DbDep,
+    queue: QueueDep,
+    settings: SettingsDep,
+    parts: Annotated[
+        str, Query(max_length=64, description="Comma-separated parts that count: database, queue, workers, engine.")
+    ] = ",".join(PARTS),
+) -> Ready:
+    """200 if every part is ready, else 503; needs no key."""
+    asked = [p for p in parts.split(",") if p]
+    if not asked or set(asked) - set(PARTS):
+        raise Invalid(f"parts: any of {', '.join(PARTS)}", param="parts")
+    checks = {
+        "database": lambda: _database(settings, db),
+        "queue": lambda: _queue(queue),
+        "workers": lambda: _workers(queue),
+        "engine": lambda: _engine(settings),
+    }
+    seen = {name: checks[name]() for name in asked}
+    ready = all(part.ok for part in seen.values())
+    response.status_code = 200 if ready else 503
+    return Ready(ready=ready, parts=seen)
+
+
+def _database(settings: Settings, db: Database) -> Part:
+    kind = "SQLite" if db.sqlite else "Postgres"
+    try:
+        current = is_current(settings.sqlalchemy_url)
+    except SQLAlchemyError as error:
+        return Part(ok=False, detail=f"{kind}: out of reach ({type(error).__name__})")
+    return Part(ok=current, detail=kind if current else f"{kind}: not at the newest migration; run `lorry migrate`")
+
+
+def _queue(queue: JobQueue) -> Part:
+    try:
+        return Part(ok=True, detail=f"{queue.length()} waiting")
+    except RedisError as error:
+        return Part(ok=False, detail=f"out of reach ({type(error).__name__})")
+
+
+def _workers(queue: JobQueue) -> Part:
+    try:
+        count = queue.workers()
+    except RedisError as error:
+        return Part(ok=False, detail=f"unknown: the queue is out of reach ({type(error).__name__})")
+    return Part(ok=count > 0, detail=f"{count} registered" if count else "none registered; start `lorry worker`")
+
+
+def _engine(settings: Settings) -> Part:
+    try:
+        answer = httpx.get(f"{settings.engine_url.rstrip('/')}/health", timeout=2)
+    except httpx.HTTPError as error:
+        return Part(ok=False, detail=f"no answer ({type(error).__name__}); start `lorry engine`")
+    return Part(ok=answer.is_success, detail=f"status {answer.status_code}")
+
+
+@router.get("/metrics", summary="Prometheus metrics", response_class=Response)
+def metrics(request: Request) -> Response:
+    """Text format: jobs by kind and state, queue length, HTTP latency by route, series of running jobs."""
+    return Response(generate_latest(request.app.state.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+class JobsCollector(Collector):
+    """Reads SQL and the queue at each scrape, so that every API process tells the same."""
+
+    def __init__(self, registry: CollectorRegistry, db: Database, queue: JobQueue) -> None:
+        self._db, self._queue = db, queue
+        registry.register(self)
+
+    def describe(self) -> list[Metric]:
+        return []  # else registering would collect
+
+    def collect(self) -> Iterator[Metric]:
+        with self._db.read() as session:
+            counts = repository.counts(session)
+            live = [(row, repository.last_point(session, row.id)) for row in repository.active(session)]
+        jobs = GaugeMetricFamily("lorry_jobs", "Jobs by kind and state.", labels=["kind", "status"])
+        for kind, status, count in counts:
+            jobs.add_metric([kind, status], count)
+        yield jobs
+        length = GaugeMetricFamily("lorry_queue_length", "Entries on the queue.")
+        try:
+            length.add_metric([], self._queue.length())
+        except RedisError:
+            pass  # no sample: unknown is not zero
+        yield length
+        labels = ["job", "kind", "adapter"]
+        for name, text, key in (
+            ("step", "Optimiser steps done by a running job.", "step"),
+            ("total_steps", "Optimiser steps a running job will take.", "total_steps"),
+            ("tokens_per_second", "Training speed of a running job, tokens per second.", "tokens_per_second"),
+            ("loss", "Latest training loss of a running job, nats per token.", "loss"),
+            ("eval_loss", "Latest evaluation loss of a running job, nats per token.", "eval_loss"),
+        ):
+            family = GaugeMetricFamily(f"lorry_job_{name}", text, labels=labels)
+            for row, point in live:
+                values: dict[str, Any] = {**row.progress, **point}
+                if isinstance(values.get(key), (int, float)):
+                    family.add_metric([row.id, row.kind, row.adapter], values[key])
+            yield family

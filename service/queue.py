@@ -10,7 +10,7 @@ from typing import Any
 
 from redis import Redis
 from redis.exceptions import RedisError
-from rq import Queue
+from rq import Queue, Worker
 from rq.exceptions import NoSuchJobError
 from rq.job import Job
 
@@ -46,6 +46,14 @@ class JobQueue:
     def waiting(self) -> set[str]:
         """Job ids on the queue. Raises redis.RedisError."""
         return set(self.rq.get_job_ids())
+
+    def length(self) -> int:
+        """Entries on the queue. Raises redis.RedisError."""
+        return int(self.rq.count)
+
+    def workers(self) -> int:
+        """Workers that listen on the queue; one that was killed stays listed until its key expires."""
+        return len(Worker.all(queue=self.rq))
 
     def ping(self) -> bool:
         try:

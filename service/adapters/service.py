@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import select, update
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from service.errors import NotFound
+from service.adapters import repository
+from service.db import Database
+from service.errors import Conflict, Invalid, NotFound
 from service.ids import is_id
 from service.models import AdapterRow, CheckpointRow, JobRow
 
@@ -81,3 +85,68 @@ def _row(session: Session, name: str) -> AdapterRow | None:
 
 def _missing(message: str) -> NotFound:
     return NotFound(message, code="adapter_not_found")
+
+
+def require(session: Session, name: str) -> AdapterRow:
+    """A finished adapter's row. Raises NotFound (adapter_not_found)."""
+    row = resolve(session, name).row if "@" not in name else None
+    if row is None:
+        raise _missing(f"{name!r} is a checkpoint; this call takes an adapter's name")
+    return row
+
+
+def change(db: Database, name: str, *, new_name: str | None, pinned: bool | None) -> AdapterRow:
+    """Rename or pin. Raises NotFound, Conflict (adapter_exists, adapter_in_use)."""
+    try:
+        with db.write() as session:
+            row = _take(session, name)
+            if pinned is not None:
+                row.pinned = pinned
+            if new_name is not None and new_name != name:
+                if is_id(new_name, "job"):
+                    raise Invalid("name: this form stands for a job's checkpoints", param="name")
+                _unneeded(session, row, "renamed")
+                if session.get(AdapterRow, new_name) is not None:
+                    raise taken(new_name)
+                # The job keeps its spec as it was sent, and follows the adapter by its name of today.
+                session.execute(update(JobRow).where(JobRow.id == row.job_id).values(adapter=new_name))
+                session.execute(update(AdapterRow).where(AdapterRow.parent == name).values(parent=new_name))
+                row.name = new_name
+            session.flush()
+    except IntegrityError as error:
+        raise taken(new_name or name) from error
+    return row
+
+
+def delete(db: Database, name: str) -> None:
+    """Forget an adapter, then remove its files and its job's checkpoints. Raises NotFound, Conflict (adapter_in_use)."""
+    with db.write() as session:
+        row = _take(session, name)
+        _unneeded(session, row, "deleted")
+        checkpoints = repository.checkpoints(session, row.job_id)
+        for checkpoint in checkpoints:
+            session.delete(checkpoint)
+        session.delete(row)
+    # The rows go first: a crash here leaves files without a row, never a row without its files.
+    for path in [row.path, *(c.path for c in checkpoints)]:
+        if path is not None:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _take(session: Session, name: str) -> AdapterRow:
+    require(session, name)
+    row = repository.lock(session, name)
+    if row is None:
+        raise _missing(f"no adapter {name!r}")
+    return row
+
+
+def _unneeded(session: Session, row: AdapterRow, done: str) -> None:
+    job = repository.needed_by(session, row)
+    if job:
+        message = f"adapter {row.name!r} cannot be {done}: job {job} needs it; cancel the job or wait for its end"
+        raise Conflict(message, code="adapter_in_use")
+
+
+def taken(name: str, why: str = "exists or is being made") -> Conflict:
+    return Conflict(f"name: {name!r} {why}", param="name", code="adapter_exists")

@@ -168,6 +168,27 @@ def metrics(session: Session, job_id: str) -> dict[str, list[dict[str, Any]]]:
     return out
 
 
+def counts(session: Session) -> Sequence[tuple[str, str, int]]:
+    """(kind, status, number of jobs)."""
+    query = select(JobRow.kind, JobRow.status, func.count()).group_by(JobRow.kind, JobRow.status)
+    return [(kind, status, number) for kind, status, number in session.execute(query)]
+
+
+def active(session: Session) -> Sequence[JobRow]:
+    return session.scalars(select(JobRow).where(JobRow.status.in_(ACTIVE)).order_by(JobRow.id)).all()
+
+
+def last_point(session: Session, job_id: str) -> dict[str, Any]:
+    """The newest train and eval points of a job's series, as one."""
+    point: dict[str, Any] = {}
+    for split in ("eval", "train"):
+        query = select(MetricRow).where(MetricRow.job_id == job_id, MetricRow.split == split)
+        row = session.scalar(query.order_by(MetricRow.step.desc()).limit(1))
+        if row is not None:
+            point |= {**row.data, "step": row.step}
+    return point
+
+
 def checkpoints(session: Session, job_id: str) -> Sequence[CheckpointRow]:
     return session.scalars(
         select(CheckpointRow).where(CheckpointRow.job_id == job_id).order_by(CheckpointRow.step)

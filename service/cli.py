@@ -1,0 +1,166 @@
+"""lorry up | api | worker | engine | migrate | settings"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import ipaddress
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+from pydantic import ValidationError
+
+from service.logs import configure
+from service.settings import Settings, get_settings
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The `lorry` command."""
+    parser = argparse.ArgumentParser(
+        prog="lorry", description="Trains LoRA adapters over HTTP and serves them the moment they are trained."
+    )
+    parser.add_argument("--version", action="version", version=f"lorry {_version()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    commands.add_parser("api", help="serve the HTTP API")
+    commands.add_parser("worker", help="run jobs from the queue, one at a time")
+    commands.add_parser("engine", help="serve the generation engine")
+    commands.add_parser("migrate", help="bring the database to the newest revision")
+    commands.add_parser("settings", help="print every LORRY_ variable: default, current value, meaning")
+    up = commands.add_parser("up", help="all of it on this machine: migrate, queue server, api, worker, engine")
+    up.add_argument("--workers", type=_workers, default=1, metavar="N", help="worker processes (default: 1)")
+    up.add_argument("--no-engine", action="store_true", help="start no generation engine")
+    queue = commands.add_parser("queue-server")  # part of `up`: not for users, so without help
+    queue.add_argument("port", type=int)
+    arguments = parser.parse_args(argv)
+    try:
+        settings = get_settings()
+    except ValidationError as error:
+        problems = "; ".join(f"LORRY_{str(e['loc'][0]).upper()}: {e['msg']}" for e in error.errors())
+        raise SystemExit(f"lorry: {problems}") from None
+    match arguments.command:
+        case "api":
+            api(settings)
+        # service never imports worker: `lorry api` must not bring torch in, and a static import would let it. These two
+        # commands are the worker's, and hand over to it by name.
+        case "worker":
+            importlib.import_module("worker.run").main()
+        case "engine":
+            importlib.import_module("worker.engine.server").main()
+        case "migrate":
+            migrate(settings)
+        case "settings":
+            print_settings(settings)
+        case "up":
+            from service.up import up as start
+
+            check_host(settings)
+            sys.exit(start(settings, workers=arguments.workers, engine=not arguments.no_engine))
+        case "queue-server":
+            from service.up import queue_server
+
+            queue_server(settings, arguments.port)
+
+
+def api(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT; open requests get a few seconds to end."""
+    import uvicorn
+
+    from service.app import create_app
+
+    check_host(settings)
+    configure(settings.log_level)
+    check_database(settings)
+    uvicorn.run(
+        create_app(settings),
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=5,
+    )
+
+
+def check_host(settings: Settings) -> None:
+    """An open port without a key is everyone's. Raises SystemExit."""
+    if settings.api_key or settings.allow_public or _loopback(settings.host):
+        return
+    raise SystemExit(
+        f"lorry: LORRY_HOST is {settings.host}, which others can reach, and LORRY_API_KEY is not set: "
+        "set a key, or LORRY_ALLOW_PUBLIC=1 if something in front of it guards the API"
+    )
+
+
+def check_database(settings: Settings) -> None:
+    """Raises SystemExit if the database is out of reach or not at the newest revision."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from service.migrate import is_current
+
+    try:
+        current = is_current(settings.sqlalchemy_url)
+    except SQLAlchemyError as error:
+        raise SystemExit(f"lorry: the database is out of reach: {error}") from None
+    if not current:
+        raise SystemExit("lorry: the database is not at the newest revision: run `lorry migrate`")
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name, which may stand for any address
+        return False
+
+
+def migrate(settings: Settings) -> None:
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from service.migrate import upgrade
+
+    try:
+        upgrade(settings.sqlalchemy_url)
+    except SQLAlchemyError as error:
+        raise SystemExit(f"lorry: cannot migrate: {error}") from None
+    print(f"at the newest revision: {make_url(settings.sqlalchemy_url).render_as_string(hide_password=True)}")
+
+
+def print_settings(settings: Settings) -> None:
+    """Every variable with its default, its value where that differs, and its meaning."""
+    for name, field in Settings.model_fields.items():
+        value = getattr(settings, name)
+        print(f"LORRY_{name.upper()}")
+        print(f"    {field.description}")
+        print(f"    default: {_shown(name, field.default)}")
+        if value != field.default:
+            print(f"    current: {_shown(name, value)}")
+
+
+def _shown(name: str, value: object) -> str:
+    if value is None:
+        return "(unset)"
+    if name == "api_key":
+        return "********"
+    if name in ("database_url", "redis_url") and "@" in str(value):
+        scheme, _, rest = str(value).partition("://")
+        return f"{scheme}://********@{rest.rpartition('@')[2]}"
+    return str(value)
+
+
+def _workers(text: str) -> int:
+    number = int(text)
+    if not 1 <= number <= 64:
+        raise argparse.ArgumentTypeError("1 to 64")
+    return number
+
+
+def _version() -> str:
+    try:
+        return version("lorry")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        from service.app import VERSION
+
+        return VERSION
+
+
+if __name__ == "__main__":
+    main()
