@@ -46,7 +46,9 @@ class LorryError(Exception):
 
     def body(self) -> dict[str, Any]:
         """The answer's body, in OpenAI's shape (plus `extra` members, e.g. both lengths of a too long prompt)."""
-        return {"error": {"type": self.type, "message": self.message, "param": self.param, "code": self.code, **self.extra}}
+        return {
+            "error": {"type": self.type, "message": self.message, "param": self.param, "code": self.code, **self.extra}
+        }
 
 
 class BadRequest(LorryError):
@@ -95,8 +97,9 @@ class Unavailable(LorryError):
 class JobFailure(Exception):
     """A job's failure for a reason the user can act on.
 
-    Codes: invalid_data, invalid_spec, model_not_found, adapter_not_found, out_of_memory, insufficient_storage,
-    worker_killed, worker_lost, parent_failed, verification_failed, hub_error, unsupported, internal_error.
+    Codes: invalid_data, invalid_spec, model_not_found, dataset_not_found, adapter_not_found, out_of_memory,
+    insufficient_storage, worker_killed, worker_lost, parent_failed, verification_failed, hub_error, unsupported,
+    internal_error.
     """
 
     def __init__(self, code: str, message: str, rows: Sequence[Mapping[str, Any]] = (), *, retry: bool = False) -> None:

@@ -101,9 +101,7 @@ def _guard(spec: DatasetSpec, local: bool, token: str | None, call: Any) -> Any:
     try:
         return call()
     except (datasets.exceptions.DatasetNotFoundError, hub.RepositoryNotFoundError, hub.RevisionNotFoundError) as e:
-        hint = (
-            "" if token else " (a private or gated set needs a token: LORRY_… or HF_TOKEN on the server, or X-HF-Token)"
-        )
+        hint = "" if token else " (a private or gated set needs a token: HF_TOKEN on the server, or X-HF-Token)"
         failed = failure("dataset_not_found", e)
         raise JobFailure(failed.code, failed.message + hint) from None
     except (FileNotFoundError, hub.HFValidationError) as e:

@@ -148,6 +148,9 @@ def conversation(row: Mapping[str, Any]) -> list[dict[str, Any]]:
         there = next((c for c in CHAT_COLUMNS if c in row), None)
         raise RowError(f"column '{there}' is null" if there else "columns messages and conversations are both missing")
     value = _parsed(row[name], name)
+    if isinstance(value, Mapping) and value and all(isinstance(part, list) for part in value.values()):
+        # The form older datasets give a list of objects in: {"from": [...], "value": [...]}.
+        value = [dict(zip(value, parts, strict=True)) for parts in zip(*value.values(), strict=True)]
     if not isinstance(value, list):
         raise RowError(f"column '{name}' is {type(value).__name__}, expected a list of messages")
     if not value:

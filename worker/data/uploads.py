@@ -34,6 +34,8 @@ def read_upload(file: Path, problems: Problems, wanted: list[str]) -> Source:
     """
     readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".txt": _txt}
     suffix = file.suffix.lower()
+    if not file.is_file():
+        raise JobFailure("invalid_data", "the uploaded file is no longer there")
     if suffix == ".parquet":
         return _parquet(file, problems, wanted)
     if suffix not in readers:
