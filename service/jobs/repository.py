@@ -68,10 +68,13 @@ def transition(
     to: Status,
     *,
     run_id: str | None = None,
+    new_run: str | None = None,
     reason: str | None = None,
     **values: Any,
 ) -> bool:
     """Move a job to `to` if it is in one of `expect` (and still owned by `run_id`, if given). True if it moved.
+
+    `new_run` makes that run its owner.
 
     The change, its `status` event and the end of the run row are one transaction: the caller's.
     """
@@ -83,6 +86,8 @@ def transition(
         values.setdefault("finished_at", now)
     if to not in ACTIVE:
         values |= {"control": None, "run_id": None, "worker": None, "heartbeat_at": None}
+    if new_run is not None:
+        values["run_id"] = new_run
     where = [JobRow.id == job_id, JobRow.status.in_(expect)]
     if run_id is not None:
         where.append(JobRow.run_id == run_id)
@@ -104,14 +109,8 @@ def claim(session: Session, job_id: str, run_id: str, worker: str) -> JobRow | N
     """Take a queued job for a run: queued → preparing. None if it is not queued (done, cancelled, or taken)."""
     now = time.time()
     started = func.coalesce(JobRow.started_at, now)
-    values: dict[str, Any] = {
-        "run_id": run_id,
-        "worker": worker,
-        "heartbeat_at": now,
-        "started_at": started,
-        "control": None,
-    }
-    if not transition(session, job_id, ["queued"], "preparing", **values):
+    values: dict[str, Any] = {"worker": worker, "heartbeat_at": now, "started_at": started, "control": None}
+    if not transition(session, job_id, ["queued"], "preparing", new_run=run_id, **values):
         return None
     row = session.get_one(JobRow, job_id, populate_existing=True)
     session.add(RunRow(id=run_id, job_id=job_id, attempt=row.attempt, worker=worker, started_at=now))
