@@ -5,7 +5,7 @@ Fields that would change the answer and are not served are errors, not silently 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -94,7 +94,7 @@ class CompletionRequest(SamplingBody):
 
     prompt: str | list[str] | list[int] | list[list[int]] = Field(description="Text or token ids, one or several.")
     max_tokens: int | None = Field(
-        None, ge=1, le=2**31 - 1, description="Most tokens to generate, at most what the context has left. Default: 16."
+        16, ge=1, le=2**31 - 1, description="Most tokens to generate; null, and at most: what the context has left."
     )
     logprobs: int | None = Field(
         None,
@@ -125,9 +125,8 @@ class CompletionRequest(SamplingBody):
     def prompts(self) -> list[str] | list[list[int]]:
         if isinstance(self.prompt, str):
             return [self.prompt]
-        if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
-        return self.prompt  # type: ignore[return-value]
+        several = self.prompt and not isinstance(self.prompt[0], int)
+        return cast("list[str] | list[list[int]]", self.prompt if several else [self.prompt])
 
 
 class TextPart(Body):

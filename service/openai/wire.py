@@ -1,4 +1,4 @@
-"""OpenAI's answers, built from pieces of text. The engine makes them from its deltas, the API from the engine's answers."""
+"""OpenAI's answers, built from pieces of text: the engine's from its deltas, the API's from the engine's answers."""
 
 from __future__ import annotations
 
@@ -181,7 +181,11 @@ DONE = b"data: [DONE]\n\n"
 _LINE_ENDS = str.maketrans({"\u0085": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"})
 
 
+def compact(body: Mapping[str, Any]) -> str:
+    """JSON on one line, for an event's data."""
+    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).translate(_LINE_ENDS)
+
+
 def event(body: Mapping[str, Any]) -> bytes:
     """One server-sent event as OpenAI frames it."""
-    text = json.dumps(body, ensure_ascii=False, separators=(",", ":")).translate(_LINE_ENDS)
-    return b"data: " + text.encode() + b"\n\n"
+    return b"data: " + compact(body).encode() + b"\n\n"

@@ -41,7 +41,7 @@ class Step:
 
     slots: torch.Tensor  # [tokens] where this step's keys and values go
     decodes: int  # the first packed tokens, one a request
-    decode_slots: torch.Tensor | None  # [decodes * longest] slots to read, padded with slot 0
+    decode_slots: torch.Tensor | None  # [decodes * longest] slots to read, padded with the empty slot
     decode_lengths: torch.Tensor | None  # [decodes]
     prefills: list[Prefill]
     masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
@@ -49,7 +49,8 @@ class Step:
     def decode_mask(self, window: int | None) -> torch.Tensor:
         """Boolean [decodes, 1, 1, longest]."""
         if window not in self.masks:
-            assert self.decode_slots is not None and self.decode_lengths is not None
+            assert self.decode_slots is not None
+            assert self.decode_lengths is not None
             lengths = self.decode_lengths[:, None]
             k = torch.arange(self.decode_slots.numel() // self.decodes, device=lengths.device)[None, :]
             mask = k < lengths
@@ -67,15 +68,19 @@ class PagedCache:
         self.device = device
         self.shapes: dict[int, tuple[int, int, int]] = {}  # layer → key-value heads, key width, value width
         self.step: Step | None = None
+        self._empty = 0
         self._keys: dict[int, torch.Tensor] = {}
         self._values: dict[int, torch.Tensor] = {}
 
     def bytes_per_block(self, dtype: torch.dtype) -> int:
-        return sum(h * (dk + dv) for h, dk, dv in self.shapes.values()) * self.block_size * dtype.itemsize
+        per_token = sum(heads * (dk + dv) for heads, dk, dv in self.shapes.values())
+        return per_token * self.block_size * int(dtype.itemsize)
 
     def allocate(self, num_blocks: int, dtype: torch.dtype) -> None:
         """Take the memory. `shapes` has been filled by a probing forward pass (a step of None)."""
-        slots = num_blocks * self.block_size
+        slots = num_blocks * self.block_size + 1
+        # Padding reads a slot nobody writes: masked out or not, a NaN of one request would reach the others through it.
+        self._empty = slots - 1
         for layer, (heads, dk, dv) in self.shapes.items():
             self._keys[layer] = torch.zeros(slots, heads, dk, dtype=dtype, device=self.device)
             self._values[layer] = torch.zeros(slots, heads, dv, dtype=dtype, device=self.device)
@@ -103,7 +108,7 @@ class PagedCache:
                 prefills.append(Prefill(begin, len(slots), s.start, None if first else self._tensor(whole)))
         lengths = [len(h) for h in histories]
         longest = max(lengths, default=0)
-        padded = [slot for h in histories for slot in (*h, *([0] * (longest - len(h))))]
+        padded = [slot for h in histories for slot in (*h, *([self._empty] * (longest - len(h))))]
         return Step(
             slots=self._tensor(slots),
             decodes=len(histories),

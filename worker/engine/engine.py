@@ -180,8 +180,8 @@ class Engine:
         for live in new:
             self.metrics.prompt_tokens.labels(live.request.key).inc(len(live.request.prompt_ids))
         for request in aborted:
-            if live := self._live.get(request.id):
-                self._end(live, "abort")
+            if request.id in self._live:
+                self._end(self._live[request.id], "abort")
         if failure is not None:
             self._hand_over([(live.stream, self._end(live, "error", failure)) for live in list(self._live.values())])
         return True

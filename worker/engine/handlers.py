@@ -86,7 +86,7 @@ async def prepare_completion(engine: Engine, body: CompletionRequest) -> Job:
                 raise Invalid(f"prompt: {bad} is no token of this model", param="prompt")
             prompts.append(prompt)
     template = adapter.template if adapter else None
-    return _job(engine, body, adapter, tokenizer, prompts, template, body.max_tokens or 16, body.logprobs)
+    return _job(engine, body, adapter, tokenizer, prompts, template, body.max_tokens, body.logprobs)
 
 
 async def prepare_chat(engine: Engine, body: ChatCompletionRequest) -> Job:

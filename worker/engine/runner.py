@@ -68,8 +68,14 @@ class ModelRunner:
         self.max_step_tokens = max(256 if self.device.type == "cpu" else 2048, settings.engine_max_batch)
         log.info(
             "base %s in %s on %s: %d cache blocks of %d tokens (%.0f MiB), up to %d tokens a request",
-            self.name, "nf4" if self.load_in_4bit else self.dtype, self.device, self.num_blocks, BLOCK_SIZE, self.num_blocks * per_block / 2**20, self.max_model_len,
-        )  # fmt: skip
+            self.name,
+            "nf4" if self.load_in_4bit else self.dtype,
+            self.device,
+            self.num_blocks,
+            BLOCK_SIZE,
+            self.num_blocks * per_block / 2**20,
+            self.max_model_len,
+        )
 
     def base_info(self) -> BaseInfo:
         names = frozenset({self.name, self.path, str(self.model.config._name_or_path or self.path)})
@@ -85,7 +91,7 @@ class ModelRunner:
             device=self.device,
         )
 
-    @torch.inference_mode()
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
     def forward(self, step: list[Scheduled]) -> tuple[torch.Tensor, list[Scheduled]]:
         """Run a step. Returns float logits [rows, vocabulary] and the scheduled requests they belong to, row by row."""
         # Decodes first, as the cache wants them; neighbours of the same adapter share a segment.
@@ -110,7 +116,7 @@ class ModelRunner:
         )
         return out.logits[0][: len(rows)], sampling
 
-    @torch.inference_mode()
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
     def _probe(self, layers: int) -> None:
         """A pass over a few tokens, which tells the cache each layer's shape and whether the model can be served at all."""
         self.cache.step = None
@@ -124,7 +130,8 @@ class ModelRunner:
             raise UnsupportedModel(f"{self.name}: {error}") from error
         if set(self.cache.shapes) != set(range(layers)):
             raise UnsupportedModel(
-                f"{self.name}: only {len(self.cache.shapes)} of its {layers} layers are attention through transformers' attention interface"
+                f"{self.name}: only {len(self.cache.shapes)} of its {layers} layers are attention through "
+                "transformers' attention interface"
             )
 
 

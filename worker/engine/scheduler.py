@@ -139,9 +139,8 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a request; the caller has checked `room`. Raises ValueError if it could never fit the cache."""
         if len(request.prompt_ids) + request.params.max_tokens > self.max_tokens:
-            raise ValueError(
-                f"a request of {len(request.prompt_ids)} + {request.params.max_tokens} tokens exceeds the cache of {self.max_tokens}"
-            )
+            wanted = f"{len(request.prompt_ids)} + {request.params.max_tokens}"
+            raise ValueError(f"a request of {wanted} tokens exceeds the cache of {self.max_tokens}")
         self.waiting.push(request)
 
     def schedule(self) -> list[Scheduled]:

@@ -1,0 +1,100 @@
+"""POST /generate: an adapter's (or the base's) text, as JSON or as server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from typing import Any
+
+import anyio
+from fastapi import APIRouter, Request, Response
+from sse_starlette import EventSourceResponse
+from starlette.background import BackgroundTask
+
+from service.db import Database
+from service.deps import DbDep, SettingsDep
+from service.disconnect import ClientGone, unless_gone
+from service.engine_client import EngineClient, Generation
+from service.errors import LorryError
+from service.generate import service
+from service.generate.schemas import GenerateRequest, GenerateResponse
+from service.ids import new_id
+from service.openai.wire import Piece, compact
+
+router = APIRouter(tags=["generate"])
+DRAIN_SECONDS = 10.0  # how long a stream may go on once the API was told to stop
+
+_EVENTS = {
+    "description": "JSON, or with stream=true server-sent events: `token` {index, text}, then one `done` with the JSON "
+    "answer, or `error` with an error body.",
+    "content": {"text/event-stream": {"schema": {"type": "string"}}},
+}
+
+
+@router.post(
+    "/generate",
+    response_model=GenerateResponse,
+    summary="Generate text with an adapter or the base",
+    responses={200: _EVENTS},
+)
+async def generate(body: GenerateRequest, request: Request, db: DbDep, settings: SettingsDep) -> Any:
+    """The prompt is rendered with the template that was stored when the adapter was trained. The adapter is loaded
+    into the engine if it is not there yet. A client that disconnects ends its generation."""
+    engine: EngineClient = request.app.state.engine
+    source = await _source(body, db, engine)
+    call = service.call_of(body, source)
+    stack = AsyncExitStack()
+    opened = stack.enter_async_context(engine.generate(call.body, source.target, chat=call.chat))
+    gen_id = new_id("gen")
+    try:
+        # Before the first byte of the answer: what is wrong with the request still gets its own status.
+        generation = await unless_gone(request, opened)
+        if not body.stream:
+            async with stack:
+                return await unless_gone(request, _whole(gen_id, body, generation))
+    except ClientGone:
+        return Response(status_code=499)
+    return EventSourceResponse(
+        _stream(gen_id, body, generation, stack),
+        sep="\n",
+        ping=settings.sse_ping_seconds,
+        shutdown_event=anyio.Event(),
+        shutdown_grace_period=DRAIN_SECONDS,
+        # For a client that left before the stream began: its generator never runs, so it cannot close the engine's.
+        background=BackgroundTask(stack.aclose),
+    )
+
+
+async def _source(body: GenerateRequest, db: Database, engine: EngineClient) -> service.Source:
+    if body.adapter is None:
+        return await service.base_source(engine)
+    return await asyncio.to_thread(service.find, db, body.adapter)
+
+
+async def _whole(gen_id: str, body: GenerateRequest, generation: Generation) -> GenerateResponse:
+    whole = Piece(0)
+    async for piece in generation:
+        whole.extend(piece)
+    return service.answer(gen_id, body, whole, generation)
+
+
+async def _stream(
+    gen_id: str, body: GenerateRequest, generation: Generation, stack: AsyncExitStack
+) -> AsyncIterator[bytes]:
+    whole = Piece(0)
+    index = 0
+    async with stack:
+        try:
+            async for piece in generation:
+                whole.extend(piece)
+                if piece.text:
+                    yield _event("token", {"index": index, "text": piece.text})
+                    index += 1
+            yield _event("done", service.answer(gen_id, body, whole, generation).model_dump())
+        except LorryError as error:
+            yield _event("error", error.body())
+
+
+def _event(name: str, data: dict[str, Any]) -> bytes:
+    return f"event: {name}\ndata: {compact(data)}\n\n".encode()
