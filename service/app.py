@@ -26,6 +26,7 @@ from service.files import endpoints as files
 from service.files.service import drop_unfinished
 from service.jobs import endpoints as jobs
 from service.jobs.events import EventHub
+from service.limits import BodyLimit
 from service.migrate import is_current
 from service.queue import JobQueue
 from service.reconcile import reconcile
@@ -59,6 +60,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_exception_handler(LorryError, _render)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_middleware(BodyLimit)
     if settings.api_key:
         app.add_middleware(BearerAuth, api_key=settings.api_key)
     app.add_middleware(Telemetry, registry=registry)  # added last, so outermost
@@ -107,15 +109,24 @@ async def _render(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse(error.body(), error.status, headers=error.headers)
 
 
+_HTTP = {
+    404: ("not_found_error", "not_found"),
+    405: ("invalid_request_error", "method_not_allowed"),
+    413: ("invalid_request_error", "too_large"),
+}
+
+
 async def _http_error(request: Request, error: Exception) -> JSONResponse:
     """Starlette's own: unknown path, wrong method, unreadable body."""
     assert isinstance(error, HTTPException)
-    kind, code = {404: ("not_found_error", "not_found"), 405: ("invalid_request_error", "method_not_allowed")}.get(
-        error.status_code, ("invalid_request_error", "bad_request")
-    )
-    message = {404: f"no such path: {request.url.path}", 405: f"{request.method} is not allowed here"}.get(
-        error.status_code, str(error.detail)
-    )
+    kind, code = _HTTP.get(error.status_code, ("invalid_request_error", "bad_request"))
+    message = str(error.detail)
+    if error.status_code == 404:
+        message = f"no such path: {request.url.path}"
+    elif error.status_code == 405:
+        message = f"{request.method} is not allowed here"
+    elif message == "There was an error parsing the body":  # FastAPI's, e.g. for bytes that are not UTF-8
+        code, message = "invalid_json", "the body is not JSON in UTF-8, or is nested too deeply"
     body = {"error": {"type": kind, "message": message, "param": None, "code": code}}
     return JSONResponse(body, error.status_code, headers=dict(error.headers or {}))
 
@@ -172,6 +183,8 @@ def _locate(item: Any, body: Any) -> tuple[str | None, str]:
         message = "unknown field"
     elif item["type"] == "missing":
         message = "is required" if path else "the body is empty; send JSON"
+    elif item["type"] in ("model_attributes_type", "model_type", "dict_type"):
+        message = "must be an object" if path else "the body must be a JSON object"
     elif item["type"] in ("union_tag_not_found", "union_tag_invalid"):
         path.append("kind")
     elif item["type"] == "value_error":

@@ -50,7 +50,7 @@ AdapterRef = Annotated[str, AfterValidator(check_adapter_ref)]
 class Spec(BaseModel):
     """Base of every part of a spec: unknown fields are errors, and a spec never changes once made."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class ModelSpec(Spec):

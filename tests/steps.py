@@ -32,13 +32,13 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def cpt(adapter: str, **changes: Any) -> dict[str, Any]:
+def cpt(adapter: str, /, **changes: Any) -> dict[str, Any]:
     """A small cpt spec; keyword arguments set dotted paths, with __ for the dot."""
     base = {"kind": "cpt", "adapter": adapter, "dataset": {"path": "org/set", "template": {"prompt": "{text}"}}}
     return merged(base, {k.replace("__", "."): v for k, v in changes.items()})
 
 
-def ift(adapter: str, **changes: Any) -> dict[str, Any]:
+def ift(adapter: str, /, **changes: Any) -> dict[str, Any]:
     template = {"prompt": "Q: {q}\nA: ", "response": "{a}"}
     base = {"kind": "ift", "adapter": adapter, "dataset": {"path": "org/set", "template": template}}
     return merged(base, {k.replace("__", "."): v for k, v in changes.items()})

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Header, Path, Query, Request, Response
 from sse_starlette import EventSourceResponse, JSONServerSentEvent
 from starlette.concurrency import run_in_threadpool
+from starlette.responses import PlainTextResponse
 
 from service.deps import DbDep, QueueDep, SettingsDep
 from service.errors import Invalid, NotFound
@@ -165,6 +166,24 @@ def checkpoints(job_id: JobId, db: DbDep) -> Page[schemas.Checkpoint]:
         rows = repository.checkpoints(session, job_id)
         name = repository.adapter_name(session, job_id) or job_id
     return Page(data=[schemas.checkpoint(r, name) for r in rows], has_more=False)
+
+
+@router.get(
+    "/{job_id}/log",
+    summary="End of a job's log",
+    response_class=PlainTextResponse,
+    responses={200: {"content": {"text/plain": {}}, "description": "The log's last bytes, whole lines."}},
+)
+def log(
+    job_id: JobId,
+    db: DbDep,
+    settings: SettingsDep,
+    bytes: Annotated[int, Query(ge=1, le=4 * 2**20, description="At most this many bytes from the end.")] = 64 * 1024,
+) -> PlainTextResponse:
+    """What the job's process and its libraries printed, all attempts; empty before the first one."""
+    with db.read() as session:
+        service.require(session, job_id)
+    return PlainTextResponse(service.log_tail(settings, job_id, bytes), headers={"Cache-Control": "no-store"})
 
 
 @router.get("/{job_id}/artifacts", response_model=Page[schemas.Artifact], summary="Files of an export")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 
 from redis.exceptions import RedisError
@@ -168,6 +169,21 @@ def resume(db: Database, queue: JobQueue, job_id: str) -> JobRow:
             raise Conflict(f"job {job_id} is {row.status}; only a paused job can be resumed", code="not_paused")
     after_end(db, queue, job_id)
     return _reload(db, job_id)
+
+
+def log_tail(settings: Settings, job_id: str, size: int) -> str:
+    """The last `size` bytes of a job's log, from a line's start."""
+    try:
+        with open(settings.job_dir(job_id) / "log.txt", "rb") as file:
+            file.seek(0, os.SEEK_END)
+            begin = max(0, file.tell() - size)
+            file.seek(begin)
+            content = file.read(size)
+    except FileNotFoundError:
+        return ""
+    if begin:
+        content = content[content.find(b"\n") + 1 :]
+    return content.decode(errors="replace")
 
 
 def _not_final(row: JobRow, done: str) -> None:
