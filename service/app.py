@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
-import importlib.util
 import logging
 import re
 from collections.abc import AsyncIterator
@@ -21,13 +19,16 @@ from service import graphs, health
 from service.adapters import endpoints as adapters
 from service.auth import BearerAuth
 from service.db import Database
+from service.engine_client import EngineClient
 from service.errors import BadRequest, Invalid, LorryError, UnsupportedMedia
 from service.files import endpoints as files
 from service.files.service import drop_unfinished
+from service.generate import endpoints as generate
 from service.jobs import endpoints as jobs
 from service.jobs.events import EventHub
 from service.limits import BodyLimit
 from service.migrate import is_current
+from service.openai import endpoints as openai
 from service.queue import JobQueue
 from service.reconcile import reconcile
 from service.settings import Settings, get_settings
@@ -52,11 +53,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.state.settings = settings
     app.state.registry = registry
-    for router in (files.router, jobs.router, graphs.router, adapters.router, health.router):
-        app.include_router(router)
-    for name in ("service.generate.endpoints", "service.openai.endpoints"):  # being written
-        if importlib.util.find_spec(name):
-            app.include_router(importlib.import_module(name).router)
+    for part in (files, jobs, graphs, adapters, generate, openai, health):
+        app.include_router(part.router)
     app.add_exception_handler(LorryError, _render)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
@@ -76,9 +74,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     await asyncio.to_thread(drop_unfinished, settings)
     app.state.db = db = Database(url)
     app.state.queue = queue = JobQueue(settings.redis_url, settings.queue)
-    engine = None
-    if importlib.util.find_spec("service.engine_client"):
-        engine = app.state.engine = importlib.import_module("service.engine_client").EngineClient(settings)
+    app.state.engine = engine = EngineClient(settings)
     collector = health.JobsCollector(app.state.registry, db, queue)
     app.state.events = hub = EventHub(db)
     loop = asyncio.create_task(_reconcile_forever(db, queue, settings))
@@ -89,8 +85,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         await asyncio.gather(loop, return_exceptions=True)
         app.state.registry.unregister(collector)
         await hub.close()
-        if engine is not None:
-            await engine.aclose()
+        await engine.aclose()
         queue.redis.close()
         db.dispose()
 

@@ -126,13 +126,13 @@ def migrate(settings: Settings) -> None:
 
 def print_settings(settings: Settings) -> None:
     """Every variable with its default, its value where that differs, and its meaning."""
+    lines = []
     for name, field in Settings.model_fields.items():
         value = getattr(settings, name)
-        print(f"LORRY_{name.upper()}")
-        print(f"    {field.description}")
-        print(f"    default: {_shown(name, field.default)}")
+        lines += [f"LORRY_{name.upper()}", f"    {field.description}", f"    default: {_shown(name, field.default)}"]
         if value != field.default:
-            print(f"    current: {_shown(name, value)}")
+            lines.append(f"    current: {_shown(name, value)}")
+    print("\n".join(lines))
 
 
 def _shown(name: str, value: object) -> str:

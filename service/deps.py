@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from pathlib import Path
-from typing import Annotated, Protocol, cast
+from typing import Annotated, cast
 
 from fastapi import Depends, Request
 
 from service.db import Database
+from service.engine_client import EngineClient
 from service.queue import JobQueue
 from service.settings import Settings
-
-
-class EngineClient(Protocol):
-    """What the registry asks of the engine. Every call may raise LorryError, Unavailable if it does not answer."""
-
-    async def loaded(self) -> Collection[str]: ...
-
-    async def load(self, name: str, path: Path) -> None: ...
-
-    async def unload(self, name: str) -> None: ...
 
 
 def _settings(request: Request) -> Settings:

@@ -103,7 +103,7 @@ def _workers(queue: JobQueue) -> Part:
 
 def _engine(settings: Settings) -> Part:
     try:
-        answer = httpx.get(f"{settings.engine_url.rstrip('/')}/health", timeout=2)
+        answer = httpx.get(f"{settings.engine_url.rstrip('/')}/health", timeout=2, trust_env=False)
     except httpx.HTTPError as error:
         return Part(ok=False, detail=f"no answer ({type(error).__name__}); start `lorry engine`")
     return Part(ok=answer.is_success, detail=f"status {answer.status_code}")

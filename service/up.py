@@ -173,7 +173,7 @@ class Supervisor:
 
     def _look_if_ready(self) -> None:
         try:
-            answer = httpx.get(f"{self.url}/readyz", params={"parts": self.asked}, timeout=5)
+            answer = httpx.get(f"{self.url}/readyz", params={"parts": self.asked}, timeout=5, trust_env=False)
         except httpx.HTTPError:
             return
         if answer.status_code == 200:

@@ -9,7 +9,8 @@ from starlette.concurrency import run_in_threadpool
 
 from service.adapters import repository, schemas, service
 from service.db import Database
-from service.deps import DbDep, EngineClient, EngineDep, SettingsDep
+from service.deps import DbDep, EngineDep, SettingsDep
+from service.engine_client import EngineClient
 from service.errors import LorryError
 from service.models import AdapterRow
 from service.wire import After, Deleted, Limit, Page
