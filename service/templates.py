@@ -135,14 +135,17 @@ def _text(name: str, value: Any) -> str:
         raise ValueError(f"column '{name}' is null")
     if isinstance(value, (bool, int, float, Decimal, date, datetime)):
         return str(value)
-    raise ValueError(f"column '{name}' is {_kind(value)}, expected text")
+    raise ValueError(f"column '{name}' is {kind_of(value)}, expected text")
 
 
-def _kind(value: Any) -> str:
-    for types, word in (((list, tuple), "a list"), (Mapping, "an object"), (bytes, "bytes"), (bool, "a boolean")):
-        if isinstance(value, types):
-            return word
-    return "a number" if isinstance(value, (int, float)) else "null" if value is None else f"a {type(value).__name__}"
+def kind_of(value: Any) -> str:
+    """A value's type in JSON's words, for messages."""
+    if value is None:
+        return "null"
+    kinds: tuple[tuple[Any, str], ...] = (
+        ((list, tuple), "a list"), (Mapping, "an object"), (str, "text"), (bool, "a boolean"), ((int, float), "a number")
+    )  # fmt: skip
+    return next((word for kind, word in kinds if isinstance(value, kind)), type(value).__name__)
 
 
 # Chat templates
@@ -189,7 +192,7 @@ def normalise(messages: Sequence[Any]) -> list[dict[str, Any]]:
     out = []
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping):
-            raise Invalid(f"messages.{i} is {_kind(message)}, expected an object", param=f"messages.{i}")
+            raise Invalid(f"messages.{i} is {kind_of(message)}, expected an object", param=f"messages.{i}")
         if not isinstance(message.get("role"), str) or not message["role"]:
             raise Invalid(f"messages.{i}.role is missing or not text", param=f"messages.{i}.role")
         # Columnar files give every message every member that any message has: those without a value are none.
@@ -212,7 +215,7 @@ def _content(content: Any, i: int, *, optional: bool) -> str:
         if len(texts) != len(content) or not all(isinstance(text, str) for text in texts):
             raise Invalid(f"{param}: only parts of type 'text' are taken", param=param)
         return "".join(str(text) for text in texts)
-    raise Invalid(f"{param} is {_kind(content)}, expected text", param=param)
+    raise Invalid(f"{param} is {kind_of(content)}, expected text", param=param)
 
 
 def render_messages(

@@ -115,6 +115,12 @@ def test_a_line_break_after_the_end_token_is_left_out(tokenizer: Any, tmp_path: 
     assert answers(data.train[0], tokenizer) == [f"A sequence.{EOS}", f"\n\nAn immutable one.{EOS}"]
 
 
+def test_what_a_template_writes_after_the_last_eos_is_left_out(tokenizer: Any, tmp_path: Path) -> None:
+    jinja = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token + '\n---\n' }}{% endfor %}" + ASK
+    data = prepare(data_spec("ift", {"chat_template": jinja}), tokenizer, file=upload(tmp_path, [{"messages": TALK[1:3]}]))
+    assert texts(data, tokenizer) == [f"{BOS}user: What is a list?{EOS}\n---\nassistant: A sequence.{EOS}"]
+
+
 def test_a_turns_own_end_token_is_trained_and_stops_too(tokenizer: Any, tmp_path: Path) -> None:
     jinja = (
         "{{ bos_token }}{% for m in messages %}{{ m.role + ': ' + m.content + '<|eot_id|>\n' }}{% endfor %}"

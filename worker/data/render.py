@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from service.errors import Invalid
-from service.templates import StoredTemplate, fields_of, fill, render_messages, with_bos
+from service.templates import StoredTemplate, fields_of, fill, kind_of, render_messages, with_bos
 from worker.data.problems import RowError
 
 # Text in order; the first is not an answer, the second is, and so on by turns. ("", text) is an answer alone.
@@ -152,7 +152,7 @@ def conversation(row: Mapping[str, Any]) -> list[dict[str, Any]]:
         # The form older datasets give a list of objects in: {"from": [...], "value": [...]}.
         value = [dict(zip(value, parts, strict=True)) for parts in zip(*value.values(), strict=True)]
     if not isinstance(value, list):
-        raise RowError(f"column '{name}' is {type(value).__name__}, expected a list of messages")
+        raise RowError(f"column '{name}' is {kind_of(value)}, expected a list of messages")
     if not value:
         raise RowError(f"column '{name}' is empty")
     return [_message(message, f"{name}.{i}") for i, message in enumerate(value)]
@@ -160,7 +160,7 @@ def conversation(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _message(message: Any, path: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
-        raise RowError(f"{path} is {type(message).__name__}, expected an object")
+        raise RowError(f"{path} is {kind_of(message)}, expected an object")
     sharegpt = message.get("role") is None and "from" in message
     role_key, text_key = ("from", "value") if sharegpt else ("role", "content")
     role = message.get(role_key)
@@ -170,7 +170,7 @@ def _message(message: Any, path: str) -> dict[str, Any]:
         raise RowError(f"{path}.from is '{role}', expected human, gpt, system or tool")
     content = message.get(text_key)
     if not isinstance(content, (str, list, type(None))):
-        raise RowError(f"{path}.{text_key} is {type(content).__name__}, expected text")
+        raise RowError(f"{path}.{text_key} is {kind_of(content)}, expected text")
     blank = not (content.strip() if isinstance(content, str) else content)
     if blank and role != "system" and not message.get("tool_calls"):
         raise RowError(f"{path}.{text_key} is {'missing or null' if content is None else 'empty'}")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from service.errors import JobFailure
+from service.templates import kind_of
 from worker.data.problems import Problems
 
 Row = tuple[int, dict[str, Any]]
@@ -74,17 +75,7 @@ def _object(number: int, row: Any, problems: Problems) -> Iterator[Row]:
     if isinstance(row, dict):
         yield number, row
     else:
-        problems.add(number, f"{_json_kind(row)}, expected an object")
-
-
-def _json_kind(value: Any) -> str:
-    kinds: tuple[tuple[Any, str], ...] = (
-        (list, "a list"),
-        (str, "a string"),
-        (bool, "a boolean"),
-        ((int, float), "a number"),
-    )
-    return "null" if value is None else next(word for kind, word in kinds if isinstance(value, kind))
+        problems.add(number, f"{kind_of(row)}, expected an object")
 
 
 def _json(file: Path, problems: Problems) -> Iterator[Row]:
@@ -97,6 +88,8 @@ def _json(file: Path, problems: Problems) -> Iterator[Row]:
         problems.add(
             raw.count(b"\n", 0, e.start) + 1, f"not UTF-8: byte 0x{raw[e.start]:02x} at byte {column} of the line"
         )
+        return
+    if not text.strip():
         return
     try:
         data = json.loads(text)
@@ -114,7 +107,7 @@ def _json(file: Path, problems: Problems) -> Iterator[Row]:
         data = [data]  # one JSON line
     if not isinstance(data, list):
         raise JobFailure(
-            "invalid_data", f'the file holds {_json_kind(data)}, expected a list of objects or {{"data": [...]}}'
+            "invalid_data", f'the file holds {kind_of(data)}, expected a list of objects or {{"data": [...]}}'
         )
     for number, row in enumerate(data, 1):
         yield from _object(number, row, problems)
@@ -173,7 +166,7 @@ def _csv(file: Path, problems: Problems) -> Iterator[Row]:
         if cells is None:
             return
         if cells and len(cells) != len(header):
-            problems.add(number, f"{len(cells)} cells, the header has {len(header)}")
+            problems.add(number, f"{len(cells)} {'cell' if len(cells) == 1 else 'cells'}, the header has {len(header)}")
         elif cells:
             yield number, dict(zip(header, cells, strict=True))
 
