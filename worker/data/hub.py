@@ -81,11 +81,11 @@ def _from_disk(spec: DatasetSpec, path: str) -> Any:
 
 def _guarded_rows(spec: DatasetSpec, local: bool, token: str | None, rows: Iterator[Row]) -> Iterator[Row]:
     done = object()
-    while (item := _guard(spec, local, token, lambda: next(rows, done))) is not done:
+    while (item := _guard(spec, local, token, lambda: next(rows, done), reading=True)) is not done:
         yield item
 
 
-def _guard(spec: DatasetSpec, local: bool, token: str | None, call: Any) -> Any:
+def _guard(spec: DatasetSpec, local: bool, token: str | None, call: Any, *, reading: bool = False) -> Any:
     """Run `call`; what datasets and the hub client raise becomes a JobFailure that says what to do."""
     import datasets.exceptions
     import httpx
@@ -105,6 +105,9 @@ def _guard(spec: DatasetSpec, local: bool, token: str | None, call: Any) -> Any:
         failed = failure("dataset_not_found", e)
         raise JobFailure(failed.code, failed.message + hint) from None
     except (FileNotFoundError, hub.HFValidationError) as e:
+        # datasets says "not found" for a hub that does not answer, too, and names a folder of the server with it.
+        if not local and "LocalEntryNotFoundError" in str(e):
+            raise JobFailure("hub_error", f"dataset {spec.path}: the hub does not answer", retry=True) from None
         raise failure("dataset_not_found", e) from None
     except (datasets.exceptions.DatasetGenerationError, pa.ArrowException, UnicodeDecodeError) as e:
         network = isinstance(e.__cause__, (httpx.HTTPError, hub.HfHubHTTPError, ConnectionError))
@@ -114,5 +117,5 @@ def _guard(spec: DatasetSpec, local: bool, token: str | None, call: Any) -> Any:
         raise failure("dataset_not_found" if denied else "hub_error", e, retry=not denied) from None
     except (ConnectionError, TimeoutError, httpx.HTTPError, hub.OfflineModeIsEnabled) as e:
         raise failure("hub_error", e, retry=True) from None
-    except ValueError as e:  # an unknown configuration or split; both name those there are
-        raise failure("invalid_data" if local and "split" not in str(e) else "dataset_not_found", e) from None
+    except ValueError as e:  # opening: an unknown configuration or split; it names those there are
+        raise failure("invalid_data" if reading else "dataset_not_found", e) from None
