@@ -67,12 +67,12 @@ class Detokenizer:
         self._ids.append(token_id)
         before = self._decode(self._ids[self._prefix : self._read])
         after = self._decode(self._ids[self._prefix :])
+        if not after.startswith(before):
+            # The prompt's last tokens were part of a character, which this token goes on with.
+            before = before.rstrip(_REPLACEMENT)
         incomplete = after.endswith(_REPLACEMENT) and len(self._ids) - self._read <= _LONGEST_CHARACTER
         if incomplete or len(after) <= len(before):
             return ""
-        if not after.startswith(before):
-            # The prompt's last tokens were half a character, which this token completes.
-            before = before.rstrip(_REPLACEMENT)
         self._prefix, self._read = self._read, len(self._ids)
         return after[len(before) :]
 

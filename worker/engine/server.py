@@ -178,17 +178,21 @@ class EngineServer(uvicorn.Server):
         self.should_exit = True
 
 
-def main() -> None:
-    """Serve until SIGTERM (exit code 0) or until the engine fails (exit code 1)."""
-    settings = get_settings()
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    engine = build_engine(settings)
-    server = EngineServer(create_app(engine), engine, settings)
+def run(engine: Engine, settings: Settings) -> int:
+    """Serve until SIGTERM or SIGINT (returns 0) or until the engine fails (returns 1)."""
     for sig in (signal.SIGTERM, signal.SIGINT):
         # uvicorn raises the signals it caught again at its end; a stop that was asked for is no failure.
-        signal.signal(sig, lambda *_: sys.exit(0))
+        signal.signal(sig, lambda *_: None)
+    server = EngineServer(create_app(engine), engine, settings)
     server.run()
-    sys.exit(0 if engine.fatal is None else 1)
+    return 0 if server.started and engine.fatal is None else 1
+
+
+def main() -> None:
+    """The process: load the base model, serve, exit."""
+    settings = get_settings()
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    sys.exit(run(build_engine(settings), settings))
 
 
 if __name__ == "__main__":
