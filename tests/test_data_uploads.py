@@ -357,3 +357,16 @@ def test_a_tokenizer_without_a_chat_template_still_takes_prompts(tmp_path: Path)
     tokenizer = sentencepiece_tokenizer()
     data = prepare(data_spec("cpt", {"prompt": "{text}"}), tokenizer, file=upload(tmp_path, [{"text": "return"}]))
     assert texts(data, tokenizer) == ["<s>return</s>"]
+
+
+def test_a_tools_column_reaches_the_template(tokenizer: Any, tmp_path: Path) -> None:
+    jinja = (
+        "{{ tools | tojson if tools else 'none' }}|{% for m in messages %}{{ m.role }}:{{ m.content }}"
+        "{{ m.tool_calls | tojson if m.tool_calls else '' }}|{% endfor %}"
+    )
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+    rows = [{"messages": [user("x"), call], "tools": value} for value in (tools, json.dumps(tools), None)]
+    data = prepare(data_spec("cpt", {"chat_template": jinja}, size=512), tokenizer, file=upload(tmp_path, rows))
+    rest = f'|user:x|assistant:[{{"id": "1"}}]|{EOS}'
+    assert texts(data, tokenizer) == [f"{BOS}{json.dumps(tools)}{rest}"] * 2 + [f"{BOS}none{rest}"]
