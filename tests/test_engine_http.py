@@ -201,8 +201,8 @@ def test_a_client_that_leaves_while_it_waits_leaves_the_queue(
     (waiting,) = hold(engine, 1)
     with socket.create_connection(("127.0.0.1", int(engine.url.rsplit(":", 1)[1]))) as raw:  # not streaming
         body = json.dumps({"model": engine.base, "prompt": "y", "max_tokens": 200}).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        raw.sendall(head.encode() + body)
+        head = f"Host: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        raw.sendall(f"POST /v1/completions HTTP/1.1\r\n{head}".encode() + body)
         until(lambda: len(engine.engine.scheduler.waiting) == 2)
     until(lambda: len(engine.engine.scheduler.waiting) == 1)
     waiting.close()

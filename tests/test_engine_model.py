@@ -275,7 +275,7 @@ def test_an_adapter_for_modules_the_base_lacks_is_refused(
     save_file(
         {k.replace("layers.1.", "layers.9."): v for k, v in weights.items()}, folder / "adapter_model.safetensors"
     )
-    with pytest.raises(Conflict, match="layers.9.self_attn.q_proj"):
+    with pytest.raises(Conflict, match=r"layers\.9\.self_attn\.q_proj"):
         registry(runner).load("deep", folder)
 
 
