@@ -130,6 +130,7 @@ CPT: list[tuple[dict[str, Any], int, str, str]] = [
 IFT: list[tuple[dict[str, Any], int, str, str]] = [
     ({"init": {}}, 422, "missing_field", "init.adapter"),
     ({"init.adapter": "no-such"}, 404, "adapter_not_found", "init.adapter"),
+    ({"init.adapter": "$making", "after": ["$making"]}, 404, "adapter_not_found", "init.adapter"),
     ({"init.adapter": NO_JOB}, 404, "adapter_not_found", "init.adapter"),
     ({"init.adapter": "$taken@1"}, 404, "adapter_not_found", "init.adapter"),
     ({"init.adapter": f"$taken@{HUGE}"}, 404, "adapter_not_found", "init.adapter"),

@@ -17,17 +17,21 @@ def require(session: Session, file_id: str, *, param: str | None = None) -> File
     """The upload's row. Raises NotFound (file_not_found)."""
     row = session.get(FileRow, file_id) if is_id(file_id, "file") else None
     if row is None:
-        message = f"no file {file_id!r}"
-        raise NotFound(f"{param}: {message}" if param else message, param=param, code="file_not_found")
+        raise _missing(file_id, param)
     return row
+
+
+def _missing(file_id: str, param: str | None) -> NotFound:
+    message = f"no file {file_id!r}"
+    return NotFound(f"{param}: {message}" if param else message, param=param, code="file_not_found")
 
 
 def hold(session: Session, file_id: str, *, param: str) -> FileRow:
     """As require, and nobody deletes the file before the transaction ends (SQLite has one writer at a time anyway)."""
     row = require(session, file_id, param=param)
     locked = session.scalar(select(FileRow.id).where(FileRow.id == file_id).with_for_update(read=True))
-    if locked is None:
-        return require(session, file_id, param=param)
+    if locked is None:  # deleted between the two
+        raise _missing(file_id, param)
     return row
 
 

@@ -88,9 +88,15 @@ class Parent:
 
 def _find(session: Session, ref: str, after: dict[str, JobRow], param: str) -> Parent:
     name, at, step = ref.partition("@")
-    row = session.scalar(select(AdapterRow).where(AdapterRow.name == name).with_for_update(read=True))
-    job = repository.get(session, row.job_id if row else name) if row or is_id(name, "job") else None
-    if job is None or job.kind == "export":
+    by_job = is_id(name, "job")
+    # Held, so that the adapter (with its checkpoints) is neither deleted nor renamed before this job is stored.
+    row = session.scalar(
+        select(AdapterRow)
+        .where(AdapterRow.job_id == name if by_job else AdapterRow.name == name)
+        .with_for_update(read=True)
+    )
+    job = repository.get(session, row.job_id) if row else repository.get(session, name) if by_job else None
+    if job is None or job.kind == "export" or (by_job and not at):
         raise NotFound(f"{param}: no adapter {name!r}", param=param, code="adapter_not_found")
     awaited = job.id in after and job.status not in FINAL
     if at and not awaited:
