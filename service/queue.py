@@ -6,15 +6,21 @@ in SQL (result_ttl 500 s, failure_ttl 1 year), and a queued job waits as long as
 
 from __future__ import annotations
 
+import secrets
 from typing import Any
 
 from redis import Redis
 from redis.exceptions import RedisError
 from rq import Queue, Worker
-from rq.exceptions import NoSuchJobError
 from rq.job import Job
 
 TASK = "worker.tasks.run_job"  # by name: service never imports worker
+_SEPARATOR = "-"
+
+
+def job_of(entry: str) -> str:
+    """The job that a queue entry is for."""
+    return entry.partition(_SEPARATOR)[0]
 
 
 class JobQueue:
@@ -26,7 +32,10 @@ class JobQueue:
 
     def enqueue(self, job_id: str) -> None:
         """Put a job on the queue; a second entry does no harm. Raises redis.RedisError."""
-        self.rq.enqueue_call(TASK, args=(job_id,), job_id=job_id, timeout=-1, ttl=None, result_ttl=0, failure_ttl=0)
+        # An id of its own for each entry: RQ forgets an entry when its run ends, and a job that its own run gives back
+        # would be forgotten with it.
+        entry = f"{job_id}{_SEPARATOR}{secrets.token_hex(4)}"
+        self.rq.enqueue_call(TASK, args=(job_id,), job_id=entry, timeout=-1, ttl=None, result_ttl=0, failure_ttl=0)
 
     def enqueue_soon(self, job_id: str) -> bool:
         """As `enqueue`, but a queue out of reach is not an error: reconcile() puts the job there later."""
@@ -39,13 +48,16 @@ class JobQueue:
     def remove(self, job_id: str) -> None:
         """Take a job off the queue, if it is there."""
         try:
-            Job.fetch(job_id, connection=self.redis).delete()
-        except (NoSuchJobError, RedisError):
+            for entry in self.rq.get_job_ids():
+                if job_of(entry) == job_id:
+                    self.rq.remove(entry)
+                    self.redis.delete(Job.key_for(entry))
+        except RedisError:
             return
 
     def waiting(self) -> set[str]:
         """Job ids on the queue. Raises redis.RedisError."""
-        return set(self.rq.get_job_ids())
+        return {job_of(entry) for entry in self.rq.get_job_ids()}
 
     def length(self) -> int:
         """Entries on the queue. Raises redis.RedisError."""

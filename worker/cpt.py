@@ -9,8 +9,8 @@ from worker import model as models
 from worker import trainer as trainers
 from worker.base_model import load_tokenizer
 from worker.data import prepare
-from worker.fit import Build, Context, fit, tokens_per_pass
-from worker.outcome import Outcome, check
+from worker.fit import Build, fit, tokens_per_pass
+from worker.outcome import Context, Outcome, check
 
 
 def run(spec: CptSpec, context: Context) -> Outcome:

@@ -10,36 +10,16 @@ from typing import Any
 
 import torch
 
-from service.settings import Settings
 from service.specs import CptSpec, IftSpec
 from worker import adapter_io, record, verify
 from worker import model as models
 from worker import trainer as trainers
 from worker.data import Prepared
 from worker.files import folder_bytes, whole_folder
-from worker.outcome import Ask, Interrupted, Outcome, Paths, Progress, check
+from worker.outcome import Ask, Context, Interrupted, Outcome, check
 from worker.verify_math import next_token_logprobs
 
 PROBE_ROWS, PROBE_TOKENS = 16, 128
-
-
-@dataclass(frozen=True)
-class Context:
-    """What a recipe was given, apart from its spec."""
-
-    paths: Paths
-    progress: Progress
-    settings: Settings
-    about: dict[str, Any]  # written beside the weights as lorry_adapter.json
-    token: str | None  # opens gated hub repositories
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.paths.run_dir / "checkpoints"
-
-    @property
-    def hub(self) -> dict[str, Any]:
-        return {"token": self.token, "trust_remote_code": self.settings.trust_remote_code}
 
 
 @dataclass

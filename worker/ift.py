@@ -11,8 +11,8 @@ from worker import trainer as trainers
 from worker.base_model import load_tokenizer
 from worker.data import prepare
 from worker.export.merge import merge_into_base
-from worker.fit import Build, Context, fit, tokens_per_pass
-from worker.outcome import Outcome, check
+from worker.fit import Build, fit, tokens_per_pass
+from worker.outcome import Context, Outcome, check
 
 
 def run(spec: IftSpec, context: Context) -> Outcome:

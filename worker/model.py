@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+# First: it patches transformers, trl and peft as they are imported.
+import unsloth
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from peft import get_peft_model as plain_get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig
-from unsloth import FastLanguageModel
 
 from service.errors import JobFailure
 from service.specs import LoraSpec, ModelSpec
@@ -29,7 +31,7 @@ def on_gpu() -> bool:
 def load_base(model: ModelSpec, base: str, *, checkpointing: bool, token: str | None, trust_remote_code: bool) -> Any:
     """Load the base model as the spec says. Raises JobFailure for one that cannot be had as asked."""
     dtype = None if model.dtype == "auto" else getattr(torch, model.dtype)
-    loaded, _ = FastLanguageModel.from_pretrained(
+    loaded, _ = unsloth.FastLanguageModel.from_pretrained(
         model_name=base,
         revision=model.revision,
         max_seq_length=model.max_seq_length,
@@ -68,7 +70,7 @@ def add_lora(model: Any, lora: LoraSpec, *, seed: int, checkpointing: bool, plai
     if lora.train_embeddings and not set(EMBEDDINGS) <= leaves:
         raise JobFailure(
             "invalid_spec",
-            f"lora.train_embeddings: this model has no modules named {' and '.join(EMBEDDINGS)}; it has {', '.join(sorted(leaves))}",
+            f"lora.train_embeddings: no modules named {' and '.join(EMBEDDINGS)}; the model has {', '.join(sorted(leaves))}",
         )
     common: dict[str, Any] = {
         "r": lora.r,
@@ -90,7 +92,7 @@ def add_lora(model: Any, lora: LoraSpec, *, seed: int, checkpointing: bool, plai
             model.enable_input_require_grads()
         peft_model = plain_get_peft_model(model, config)
     else:
-        peft_model = FastLanguageModel.get_peft_model(
+        peft_model = unsloth.FastLanguageModel.get_peft_model(
             model,
             **common,
             target_modules=[*lora.target_modules, *(EMBEDDINGS if lora.train_embeddings else ())],

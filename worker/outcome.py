@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from service.settings import Settings
+
 Ask = Literal["pause", "cancel", "stop"]
 
 
@@ -55,6 +57,25 @@ class Paths:
     base: str  # folder or hub id of the base model
     file: Path | None = None  # the upload
     parent: Path | None = None  # adapter folder that init or an export refers to
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a recipe was given, apart from its spec."""
+
+    paths: Paths
+    progress: Progress
+    settings: Settings
+    about: dict[str, Any]  # written beside the weights as lorry_adapter.json
+    token: str | None  # opens gated hub repositories
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.paths.run_dir / "checkpoints"
+
+    @property
+    def hub(self) -> dict[str, Any]:
+        return {"token": self.token, "trust_remote_code": self.settings.trust_remote_code}
 
 
 @dataclass

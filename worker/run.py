@@ -18,7 +18,7 @@ from service.db import Database
 from service.jobs import repository
 from service.jobs.states import ACTIVE
 from service.migrate import is_current
-from service.queue import JobQueue
+from service.queue import JobQueue, job_of
 from service.reconcile import give_back, reconcile
 from service.settings import Settings
 
@@ -54,7 +54,7 @@ class LorryWorker(Worker):  # type: ignore[misc, unused-ignore]
         try:
             return super().execute_job(job, queue)
         finally:
-            self.settle(job.id)
+            self.settle(job_of(job.id))
 
     def wait_for_horse(self) -> Any:
         if self.stop_deadline and time.monotonic() > self.stop_deadline:

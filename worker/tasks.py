@@ -33,7 +33,7 @@ from service.queue import JobQueue
 from service.reconcile import after_end
 from service.settings import Settings
 from service.specs import CptSpec, ExportSpec, IftSpec, parse_spec
-from worker.outcome import Interrupted, Outcome, Paths
+from worker.outcome import Context, Interrupted, Outcome, Paths
 from worker.progress import SqlProgress, tail
 
 log = logging.getLogger("lorry.worker")
@@ -74,7 +74,9 @@ def execute(db: Database, queue: JobQueue, settings: Settings, row: JobRow, prog
     spec = parse_spec(row.spec)
     progress.phase("starting")
     prepare_process(settings)
-    from worker.base_model import resolve  # after prepare_process: it reads the environment
+    if row.kind != "export":
+        importlib.import_module("unsloth")  # before transformers, trl and peft, which it patches
+    from worker.base_model import resolve
 
     with db.read() as session:
         parent = parent_of(session, settings, spec)
@@ -93,8 +95,6 @@ def execute(db: Database, queue: JobQueue, settings: Settings, row: JobRow, prog
     )  # fmt: skip
     paths.out_dir.parent.mkdir(parents=True, exist_ok=True)
     about = {"base": base_name, "kind": row.kind, "job": row.id, "name": row.adapter, "lineage": row.lineage}
-    from worker.fit import Context
-
     context = Context(paths=paths, progress=progress, settings=settings, about=about, token=hub_token(queue, row.id))
     recipe = importlib.import_module(RECIPES[row.kind])
     outcome: Outcome = recipe.run(spec, context)
@@ -206,8 +206,7 @@ def classify(error: BaseException) -> JobFailure:
         advice = "use a smaller per_device_train_batch_size or max_seq_length"
         return JobFailure("out_of_memory", f"{advice}: {text.splitlines()[0] if text else 'no memory left'}")
     if (
-        (isinstance(error, OSError)
-        and error.errno in (errno.ENOSPC, errno.EDQUOT))
+        (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT))
         or "No space left on device" in text
         or "database or disk is full" in text
     ):
@@ -258,16 +257,12 @@ def log_to(path: Path) -> Iterator[None]:
     with open(path, "ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    handler = logging.StreamHandler(open(os.dup(2), "w", buffering=1))  # noqa: SIM115
-    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
-    root = logging.getLogger("lorry")
-    root.addHandler(handler)
-    root.setLevel(logging.INFO)
+    if not logging.getLogger().handlers:
+        logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    logging.getLogger("lorry").setLevel(logging.INFO)
     try:
         yield
     finally:
-        root.removeHandler(handler)
-        handler.stream.close()
         sys.stdout.flush()
         sys.stderr.flush()
         os.dup2(saved[0], 1)

@@ -209,7 +209,9 @@ class Reporter(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         # The rates this step is taken with; after it the scheduler has already set the next step's.
         groups = self.trainer.optimizer.param_groups
-        self.rates = {f"{'embedding_' if g.get('lorry_embeddings') else ''}learning_rate": g["lr"] for g in groups}
+        self.rates = {
+            f"{'embedding_' if g.get('lorry_embeddings') else ''}learning_rate": g["lr"] for g in groups if g["params"]
+        }
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         now = time.perf_counter()
@@ -282,6 +284,8 @@ def check_optimizer(trainer: LorryTrainer, spec: CptSpec | IftSpec) -> list[dict
     seen: set[int] = set()
     groups = []
     for group in trainer.optimizer.param_groups:
+        if not group["params"]:
+            continue  # transformers keeps an empty group for weights without decay
         members = [names.get(id(p)) for p in group["params"]]
         seen |= {id(p) for p in group["params"]}
         embeddings = {e for e in EMBEDDINGS for n in members if n and f".{e}.modules_to_save." in n}

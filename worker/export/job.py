@@ -17,8 +17,7 @@ from service.specs import ExportSpec
 from worker import adapter_io, record
 from worker.export.merge import load_plain, merge, write_merged
 from worker.files import list_files, whole_folder, write_json
-from worker.fit import Context
-from worker.outcome import Outcome, check
+from worker.outcome import Context, Outcome, check
 from worker.verify_math import agreement, mean_kl, next_token_logprobs
 
 # Mean KL (nats) between the live adapter and what was read back. A PEFT folder is the same weights; a merged model is
