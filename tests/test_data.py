@@ -117,7 +117,9 @@ def test_a_line_break_after_the_end_token_is_left_out(tokenizer: Any, tmp_path: 
 
 def test_what_a_template_writes_after_the_last_eos_is_left_out(tokenizer: Any, tmp_path: Path) -> None:
     jinja = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token + '\n---\n' }}{% endfor %}" + ASK
-    data = prepare(data_spec("ift", {"chat_template": jinja}), tokenizer, file=upload(tmp_path, [{"messages": TALK[1:3]}]))
+    data = prepare(
+        data_spec("ift", {"chat_template": jinja}), tokenizer, file=upload(tmp_path, [{"messages": TALK[1:3]}])
+    )
     assert texts(data, tokenizer) == [f"{BOS}user: What is a list?{EOS}\n---\nassistant: A sequence.{EOS}"]
 
 
@@ -185,7 +187,10 @@ def test_a_template_that_rewrites_earlier_turns_is_reported_by_row(tokenizer: An
     e = failure(data_spec("ift", {"chat_template": jinja}, responses_only=True), tokenizer, upload(tmp_path, rows))
     assert e.code == "invalid_data"
     assert [row["row"] for row in e.rows] == [1, 2]
-    assert "messages.2: the chat template renders the conversation up to here differently" in e.rows[0]["reason"]
+    assert (
+        "messages.2: the chat template does not write this answer behind its own generation prompt"
+        in e.rows[0]["reason"]
+    )
 
 
 # Parity with generation

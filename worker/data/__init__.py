@@ -15,6 +15,7 @@ from typing import Any
 
 from service.errors import JobFailure
 from service.specs import CptSpec, IftSpec
+from service.templates import StoredTemplate
 from worker.data.hub import read_hub
 from worker.data.problems import Problems, RowError, missing_columns
 from worker.data.render import Renderer, Segments
@@ -32,7 +33,7 @@ class Prepared:
 
     train: Any  # datasets.Dataset
     eval: Any | None
-    template: Any  # service.templates.StoredTemplate
+    template: StoredTemplate
     fingerprint: str
     report: dict[str, Any]
 

@@ -118,8 +118,8 @@ class Renderer:
         prompt = render_messages(t, messages[:i], add_generation_prompt=True, tools=tools)
         if not text.startswith(prompt):
             raise RowError(
-                f"messages.{i}: the chat template renders the conversation up to here differently once more messages "
-                "follow, so the answer cannot be told from the prompt"
+                f"messages.{i}: the chat template does not write this answer behind its own generation prompt, so the "
+                "answer cannot be told from the prompt"
             )
         last = i + 1 == len(messages)
         done = text if last else render_messages(t, messages[: i + 1], add_generation_prompt=False, tools=tools)
