@@ -131,4 +131,4 @@ def train_and_save(
 
 def tokens_per_pass(spec: CptSpec | IftSpec, data: Prepared) -> int:
     """Tokens in the largest forward pass, padding included."""
-    return int(spec.training.per_device_train_batch_size * data.report["longest"])
+    return int(spec.training.per_device_train_batch_size * min(spec.model.max_seq_length, data.report["longest"]))
