@@ -13,7 +13,7 @@ from service.settings import Settings
 from service.specs import parse_spec
 from worker.outcome import Ask, Context, Outcome, Paths
 
-WORDS = "the cat sat on a mat and then some more words came to be read by many people".split()
+WORDS = "the cat sat on a mat and then some more words came to be read by many people"
 TRAINING = {
     "per_device_train_batch_size": 4,
     "gradient_accumulation_steps": 1,
@@ -35,7 +35,9 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 def texts(path: Path, n: int = 60, words: int = 40, seed: int = 0) -> Path:
     """A .jsonl of {title, text} rows of random words."""
     rnd = random.Random(seed)
-    return write_rows(path, [{"title": f"t{i}", "text": " ".join(rnd.choices(WORDS, k=words))} for i in range(n)])
+    return write_rows(
+        path, [{"title": f"t{i}", "text": " ".join(rnd.choices(WORDS.split(), k=words))} for i in range(n)]
+    )
 
 
 def chats(path: Path, n: int = 60, seed: int = 1) -> Path:
@@ -47,7 +49,7 @@ def chats(path: Path, n: int = 60, seed: int = 1) -> Path:
             {
                 "messages": [
                     {"role": "user", "content": f"say {i}"},
-                    {"role": "assistant", "content": " ".join(rnd.choices(WORDS, k=8))},
+                    {"role": "assistant", "content": " ".join(rnd.choices(WORDS.split(), k=8))},
                 ]
             }
             for i in range(n)

@@ -86,9 +86,9 @@ def test_without_train_embeddings_only_lora_is_trained(tiny_base: Path, rows: Pa
         cpt_spec(tiny_base, lora={"train_embeddings": False}, training={"max_steps": 1}), tmp_path, file=rows
     )
     assert embeddings(run.adapter) == {}
-    assert [g["modules"] for g in run.progress.records["optimizer"]["groups"]] == [sorted(
-        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    )]  # fmt: skip
+    assert [g["modules"] for g in run.progress.records["optimizer"]["groups"]] == [
+        sorted(["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+    ]
 
 
 def test_the_same_spec_and_seed_give_the_same_losses_and_weights(
@@ -178,7 +178,17 @@ def test_save_total_limit_keeps_the_newest(tiny_base: Path, rows: Path, tmp_path
 
 def test_early_stopping_keeps_the_best_checkpoint_as_the_adapter(tiny_base: Path, rows: Path, tmp_path: Path) -> None:
     # A learning rate that first helps and then destroys.
-    change = {"max_steps": 40, "eval_steps": 1, "save_steps": 1, "save_total_limit": 1, "early_stopping_patience": 2, "learning_rate": 0.3, "embedding_learning_rate": 0.05, "lr_scheduler_type": "constant", "warmup_ratio": 0.0}  # fmt: skip
+    change = {
+        "max_steps": 40,
+        "eval_steps": 1,
+        "save_steps": 1,
+        "save_total_limit": 1,
+        "early_stopping_patience": 2,
+        "learning_rate": 0.3,
+        "embedding_learning_rate": 0.05,
+        "lr_scheduler_type": "constant",
+        "warmup_ratio": 0.0,
+    }
     run = run_recipe(cpt_spec(tiny_base, training=change), tmp_path, file=rows)
     result, evals = run.outcome.result, run.progress.eval_losses
     best = min((s for s in evals if s > 0), key=evals.__getitem__)
@@ -263,7 +273,14 @@ def test_continue_starts_where_the_parent_ended_and_trains_its_matrices(
     trained: Run, tiny_base: Path, talks: Path, tmp_path: Path
 ) -> None:
     change = {"init": {"adapter": "a", "mode": "continue"}}
-    run = run_recipe(ift_spec(tiny_base, **change, training={"max_steps": 1, "learning_rate": 1e-9, "embedding_learning_rate": 1e-9}), tmp_path / "still", file=talks, parent=trained.adapter)  # fmt: skip
+    run = run_recipe(
+        ift_spec(
+            tiny_base, **change, training={"max_steps": 1, "learning_rate": 1e-9, "embedding_learning_rate": 1e-9}
+        ),
+        tmp_path / "still",
+        file=talks,
+        parent=trained.adapter,
+    )
     torch.testing.assert_close(
         logits(tiny_base, run.adapter, IDS), logits(tiny_base, trained.adapter, IDS), atol=1e-5, rtol=0
     )
@@ -277,8 +294,18 @@ def test_continue_starts_where_the_parent_ended_and_trains_its_matrices(
 def test_stack_and_merge_give_the_parent_plus_what_was_learnt(
     mode: str, embed: bool, trained: Run, tiny_base: Path, talks: Path, tmp_path: Path
 ) -> None:
-    change = {"init": {"adapter": "a", "mode": mode}, "lora": {"r": 4, "lora_alpha": 4, "train_embeddings": embed, "target_modules": ["q_proj", "up_proj"]}}  # fmt: skip
-    still = run_recipe(ift_spec(tiny_base, **change, training={"max_steps": 1, "learning_rate": 1e-9, "embedding_learning_rate": 1e-9}), tmp_path / "still", file=talks, parent=trained.adapter)  # fmt: skip
+    change = {
+        "init": {"adapter": "a", "mode": mode},
+        "lora": {"r": 4, "lora_alpha": 4, "train_embeddings": embed, "target_modules": ["q_proj", "up_proj"]},
+    }
+    still = run_recipe(
+        ift_spec(
+            tiny_base, **change, training={"max_steps": 1, "learning_rate": 1e-9, "embedding_learning_rate": 1e-9}
+        ),
+        tmp_path / "still",
+        file=talks,
+        parent=trained.adapter,
+    )
     parent = logits(tiny_base, trained.adapter, IDS)
     torch.testing.assert_close(logits(tiny_base, still.adapter, IDS), parent, atol=1e-4, rtol=0)
     assert still.outcome.result["verification"]["mean_kl"] < 1e-6

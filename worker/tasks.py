@@ -37,6 +37,9 @@ from worker.outcome import Context, Interrupted, Outcome, Paths
 from worker.progress import SqlProgress, tail
 
 log = logging.getLogger("lorry.worker")
+# What torch, safetensors and SQLite say in exceptions that are no MemoryError and no OSError.
+OUT_OF_MEMORY = ("can't allocate memory", "CUDA out of memory")
+DISK_FULL = ("No space left on device", "database or disk is full", "PytorchStreamWriter failed writing file")
 RECIPES = {"cpt": "worker.cpt", "ift": "worker.ift", "export": "worker.export.job"}
 
 
@@ -197,22 +200,17 @@ def classify(error: BaseException) -> JobFailure:
     if isinstance(error, JobFailure):
         return error
     text = str(error)
-    if (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in text
-        or "CUDA out of memory" in text
-    ):
-        advice = "use a smaller per_device_train_batch_size or max_seq_length"
-        return JobFailure("out_of_memory", f"{advice}: {text.splitlines()[0] if text else 'no memory left'}")
-    if (
-        (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT))
-        or "No space left on device" in text
-        or "database or disk is full" in text
-    ):
-        return JobFailure("insufficient_storage", f"the disk of the data folder is full: {text}")
     first = text.splitlines()[0] if text else ""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _says(text, OUT_OF_MEMORY):
+        advice = "use a smaller per_device_train_batch_size or max_seq_length"
+        return JobFailure("out_of_memory", f"{advice}: {first or 'no memory left'}")
+    if (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or _says(text, DISK_FULL):
+        return JobFailure("insufficient_storage", f"the disk of the data folder is full: {first}")
     return JobFailure("internal_error", f"{type(error).__name__}: {first}", retry=True)
+
+
+def _says(text: str, signs: tuple[str, ...]) -> bool:
+    return any(sign in text for sign in signs)
 
 
 def prepare_process(settings: Settings) -> None:
