@@ -9,13 +9,14 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.security import HTTPBearer
 from prometheus_client import CollectorRegistry
 from starlette.exceptions import HTTPException
 
-from service import graphs, health
+from service import __version__, graphs, health
 from service.adapters import endpoints as adapters
 from service.auth import BearerAuth
 from service.db import Database
@@ -36,7 +37,6 @@ from service.telemetry import Telemetry
 from service.wire import ErrorBody
 
 log = logging.getLogger("lorry.api")
-VERSION = "0.1.0"
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -45,11 +45,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     registry = CollectorRegistry()
     app = FastAPI(
         title="lorry",
-        version=VERSION,
+        version=__version__,
         description="Trains LoRA adapters over HTTP and serves them the moment they are trained.",
         lifespan=_lifespan,
         responses={"4XX": {"model": ErrorBody, "description": "The request cannot be served as it is."}},
         redirect_slashes=False,
+        # BearerAuth below does the checking, on every path; this only describes it.
+        dependencies=[Depends(HTTPBearer(auto_error=False))] if settings.api_key else [],
     )
     app.state.settings = settings
     app.state.registry = registry

@@ -6,10 +6,10 @@ import argparse
 import importlib
 import ipaddress
 import sys
-from importlib.metadata import PackageNotFoundError, version
 
 from pydantic import ValidationError
 
+from service import __version__
 from service.logs import configure
 from service.settings import Settings, get_settings
 
@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="lorry", description="Trains LoRA adapters over HTTP and serves them the moment they are trained."
     )
-    parser.add_argument("--version", action="version", version=f"lorry {_version()}")
+    parser.add_argument("--version", action="version", version=f"lorry {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     commands.add_parser("api", help="serve the HTTP API")
     commands.add_parser("worker", help="run jobs from the queue, one at a time")
@@ -151,15 +151,6 @@ def _workers(text: str) -> int:
     if not 1 <= number <= 64:
         raise argparse.ArgumentTypeError("1 to 64")
     return number
-
-
-def _version() -> str:
-    try:
-        return version("lorry")
-    except PackageNotFoundError:  # run from a checkout that is not installed
-        from service.app import VERSION
-
-        return VERSION
 
 
 if __name__ == "__main__":

@@ -149,7 +149,7 @@ class JobsCollector(Collector):
         ):
             family = GaugeMetricFamily(f"lorry_job_{name}", text, labels=labels)
             for row, point in live:
-                values: dict[str, Any] = {**row.progress, **point}
+                values: dict[str, Any] = {**point, **row.progress}
                 if isinstance(values.get(key), (int, float)):
                     family.add_metric([row.id, row.kind, row.adapter], values[key])
             yield family

@@ -3,47 +3,71 @@
 from __future__ import annotations
 
 import fcntl
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from alembic import command
-from alembic.config import Config
-from alembic.migration import MigrationContext
-from alembic.script import ScriptDirectory
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, inspect, text
 from sqlalchemy.engine import make_url
+
+if TYPE_CHECKING:  # Alembic is brought in by those who migrate: it would be an eighth of the API's start
+    from alembic.config import Config
+
+_MIGRATIONS = Path(__file__).parent.parent / "migrations"
+_REVISION = re.compile(r"""^(revision|down_revision) = ['"](\w+)['"]""", re.MULTILINE)
 
 _ADVISORY_LOCK = 0x6C6F727279  # "lorry"
 
 
 def config(url: str) -> Config:
+    from alembic.config import Config
+
     cfg = Config()
-    cfg.set_main_option("script_location", str(Path(__file__).parent.parent / "migrations"))
+    cfg.set_main_option("script_location", str(_MIGRATIONS))
     cfg.set_main_option("sqlalchemy.url", url.replace("%", "%%"))
     return cfg
 
 
 def upgrade(url: str, revision: str = "head") -> None:
     """Bring the database to `revision`; creates the SQLite file's folder. Safe to call from several processes."""
+    from alembic import command
+
     with _lock(url):
         command.upgrade(config(url), revision)
 
 
 def downgrade(url: str, revision: str) -> None:
+    from alembic import command
+
     with _lock(url):
         command.downgrade(config(url), revision)
 
 
 def is_current(url: str) -> bool:
     """Whether the database is at the newest revision."""
-    head = ScriptDirectory.from_config(config(url)).get_current_head()
+    parsed = make_url(url)
+    if parsed.get_backend_name() == "sqlite" and parsed.database and not Path(parsed.database).exists():
+        return False  # connecting would make an empty file, or fail for want of its folder
     engine = create_engine(url)
     try:
         with engine.connect() as connection:
-            return MigrationContext.configure(connection).get_current_revision() == head
+            if not inspect(connection).has_table("alembic_version"):
+                return False
+            return bool(connection.scalar(text("SELECT version_num FROM alembic_version")) == head())
     finally:
         engine.dispose()
+
+
+def head() -> str:
+    """The newest revision: the one that no other names as its predecessor."""
+    named: dict[str, set[str]] = {"revision": set(), "down_revision": set()}
+    for path in (_MIGRATIONS / "versions").glob("*.py"):
+        for kind, revision in _REVISION.findall(path.read_text(encoding="utf-8")):
+            named[kind].add(revision)
+    (newest,) = named["revision"] - named["down_revision"]
+    return newest
 
 
 @contextmanager

@@ -96,6 +96,7 @@ def up(settings: Settings, *, workers: int, engine: bool) -> int:
         root = str(Path(__file__).resolve().parent.parent)
         env["PYTHONPATH"] = os.pathsep.join(p for p in (root, env.get("PYTHONPATH")) if p)
         port = settings.port or _free_port()
+        _check_port(settings.host, port)
         env["LORRY_PORT"] = str(port)
         parts: list[Part] = []
         if "redis_url" not in settings.model_fields_set:
@@ -120,7 +121,7 @@ def up(settings: Settings, *, workers: int, engine: bool) -> int:
 
 
 class Supervisor:
-    """start → watch → stop; everything happens in the main thread but the relaying of log lines."""
+    """start → watch → stop; all in the main thread but the relaying of log lines and the look at readiness."""
 
     def __init__(self, parts: list[Part], url: str, asked: str, shutdown_seconds: float) -> None:
         self.parts, self.url, self.asked, self.shutdown_seconds = parts, url, asked, shutdown_seconds
@@ -133,12 +134,9 @@ class Supervisor:
         try:
             for part in self.parts:
                 part.start()
-            asked_at = 0.0
+            threading.Thread(target=self._wait_until_ready, daemon=True).start()
             while not self.signals and not self.failed:
                 self._watch()
-                if not self.ready and time.monotonic() - asked_at > 0.5:
-                    asked_at = time.monotonic()
-                    self._look_if_ready()
                 time.sleep(0.1)
         finally:
             self._stop()
@@ -171,13 +169,16 @@ class Supervisor:
             elif now >= part.restart_at:
                 part.start()
 
-    def _look_if_ready(self) -> None:
-        try:
-            answer = httpx.get(f"{self.url}/readyz", params={"parts": self.asked}, timeout=5, trust_env=False)
-        except httpx.HTTPError:
-            return
-        if answer.status_code == 200:
-            self.ready = True
+    def _wait_until_ready(self) -> None:
+        """In a thread of its own: an API that does not answer must not hold up the watch."""
+        while not self.ready and not self.signals and not self.failed:
+            try:
+                answer = httpx.get(f"{self.url}/readyz", params={"parts": self.asked}, timeout=5, trust_env=False)
+                self.ready = answer.status_code == 200
+            except httpx.HTTPError:
+                pass
+            time.sleep(0.5)
+        if self.ready:
             _say(f"ready: {self.url} (API: {self.url}/docs)")
 
     def _stop(self) -> None:
@@ -279,6 +280,16 @@ def _only_one(folder: Path) -> Iterator[None]:
         except OSError:
             raise SystemExit(f"lorry: another `lorry up` runs on the data folder {folder.absolute()}") from None
         yield
+
+
+def _check_port(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise SystemExit(f"lorry: cannot listen on {host}:{port}: {error.strerror}; set LORRY_PORT") from None
 
 
 def _free_port() -> int:

