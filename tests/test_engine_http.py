@@ -229,10 +229,11 @@ def test_a_full_queue_is_503_with_retry_after_and_takes_requests_again(
     assert engine.complete(prompt="x", max_tokens=2)["choices"][0]["finish_reason"]
 
 
-def test_n_choices_need_n_places(engine: EngineServer) -> None:
+def test_more_choices_than_there_are_places_can_never_be_served(engine: EngineServer) -> None:
     refused = engine.http.post("/v1/completions", json={"model": engine.base, "prompt": "x", "n": 9})
-    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "queue_full")
+    assert (refused.status_code, refused.json()["error"]["param"]) == (422, "n")
     assert engine.idle()
+    assert len(engine.complete(prompt="x", n=8, max_tokens=2)["choices"]) == 8
 
 
 def test_a_prompt_too_long_is_422_with_both_lengths_and_the_longest_fits(engine: EngineServer) -> None:

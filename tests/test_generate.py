@@ -334,3 +334,28 @@ def test_every_field_is_described(stack: Stack) -> None:
     for name in ("GenerateRequest", "GenerateResponse", "CompletionRequest", "ChatCompletionRequest"):
         for field, schema in schemas[name]["properties"].items():
             assert schema.get("description"), f"{name}.{field}"
+
+
+@pytest.mark.slow
+def test_the_built_in_model_answers_as_transformers_does(
+    sqlite_url: str, make_settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    settings = make_settings(database_url=sqlite_url, base_model="smollm2-135m-instruct")
+    own = settings.model_copy(update={"engine_max_seq_length": 256})
+    with serve_engine(own) as engine, serve(settings.model_copy(update={"engine_url": engine.url})) as api:
+        answer = Stack(api, engine, "").generate(
+            messages=[{"role": "user", "content": "Name a colour."}], max_new_tokens=24
+        )
+        path = engine.engine.runner.path
+    tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path, dtype="float32")
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Name a colour."}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    out = model.generate(**prompt, max_new_tokens=24, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert answer["token_ids"] == out.tolist()
+    assert answer["text"] == tokenizer.decode(out, skip_special_tokens=True)

@@ -245,7 +245,7 @@ def _place(
                 f"adapter {name} has a bias for {module_name}; the engine's base has none there", code="wrong_base"
             )
         _check_shape(name, f"{module_name} bias", bias, tuple(own.shape))
-        weights.bias[module_name] = bias - own.to(bias.dtype)
+        weights.bias[module_name] = bias - own.detach().to(bias.dtype)
     if tensors:
         raise Invalid(
             f"adapter {name}: the engine has no place for {module_name} {', '.join(tensors)}",

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from service.errors import LorryError, Unavailable
+from service.errors import Invalid, LorryError, Unavailable
 from worker.engine.adapters import Adapter, AdapterRegistry
 from worker.engine.detokenize import Detokenizer, StopStrings
 from worker.engine.metrics import EngineMetrics
@@ -101,16 +101,23 @@ class Engine:
         self._thread.start()
 
     def submit(self, requests: list[Request], adapter: Adapter | None) -> list[RequestStream]:
-        """Queue requests, all or none. Raises Unavailable (queue_full, shutting_down) or EngineFailed."""
+        """Queue requests, all or none.
+
+        Raises Unavailable (queue_full, shutting_down), Invalid for more than could ever be under way, or EngineFailed.
+        """
         tokenizer = adapter.tokenizer if adapter else self.runner.tokenizer
         with self._wake:
             if self.fatal is not None:
                 raise EngineFailed(f"the engine has failed: {self.fatal}")
             if self.draining:
                 raise Unavailable("the engine is shutting down", retry_after=10, code="shutting_down")
+            places = self.scheduler.max_batch + self.scheduler.max_queue
+            if len(requests) > places:
+                raise Invalid(
+                    f"n: {len(requests)} completions are asked for; the engine takes {places} at once", param="n"
+                )
             if len(requests) > self.scheduler.room() - len(self._new):
                 self.metrics.refused.inc(len(requests))
-                places = self.scheduler.max_batch + self.scheduler.max_queue
                 raise Unavailable(
                     f"the engine's queue is full: {places} requests are under way",
                     retry_after=RETRY_AFTER,

@@ -41,6 +41,9 @@ class ModelRunner:
         self.name = settings.base_model
         self.load_in_4bit = settings.engine_load_in_4bit
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self.device.type == "cuda":
+            # cuDNN's attention plans anew for every shape, milliseconds a layer, and here every step has a new one.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         self.dtype = _dtype(settings.engine_dtype, self.device)
         self.path = base_model.resolve(settings.base_model, settings)
         self.model = _load_model(self.path, self.dtype, self.device, settings)
