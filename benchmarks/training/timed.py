@@ -1,0 +1,11 @@
+"""worker.cpt with a clock: what overhead.py puts in the recipe's place, loaded by the task after Unsloth."""
+
+from __future__ import annotations
+
+import atexit
+
+from benchmarks.training.clock import install
+from worker.cpt import run
+
+__all__ = ["run"]
+atexit.register(install().write)
