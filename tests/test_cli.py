@@ -328,3 +328,10 @@ def test_jobs_queued_before_a_stop_are_there_after_the_next_start(
         assert [r.outcome for r in repository.runs(session, job["id"])] == ["failed"]
     db.dispose()
     assert gone(tmp_path) == {}
+
+
+def test_the_settings_page_has_every_variable_with_its_default_and_meaning() -> None:
+    page = (ROOT / "docs" / "settings.md").read_text("utf-8")
+    for name, field in Settings.model_fields.items():
+        default = "unset" if field.default is None else f"`{field.default}`"
+        assert f"| `LORRY_{name.upper()}` | {default} | {field.description} |" in page

@@ -56,6 +56,17 @@ def add_event(session: Session, job_id: str, type: str, data: dict[str, Any]) ->
     return seq
 
 
+def add_job(session: Session, row: JobRow, *more: AdapterRow) -> None:
+    """Store a new job, its first event, and what refers to it. Raises IntegrityError for a key or name that is taken."""
+    row.event_seq = 1
+    session.add(row)
+    session.flush()  # before what refers to it
+    data = {"status": row.status, "attempt": row.attempt, "reason": None, "error": None}
+    session.add(EventRow(job_id=row.id, seq=1, type="status", data=data, created_at=row.created_at))
+    session.add_all(more)
+    session.flush()
+
+
 def events_after(session: Session, job_id: str, seq: int, limit: int = 1000) -> Sequence[EventRow]:
     query = select(EventRow).where(EventRow.job_id == job_id, EventRow.seq > seq).order_by(EventRow.seq).limit(limit)
     return session.scalars(query).all()

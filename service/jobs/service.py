@@ -89,18 +89,15 @@ def _store(session: Session, settings: Settings, spec: AnyJobSpec, key: str | No
         lineage=admitted.lineage,
         created_at=now,
     )
-    session.add(row)
-    session.flush()
+    names = []
     if not isinstance(spec, ExportSpec):
         parent = spec.init.adapter if isinstance(spec, IftSpec) and spec.init else None
-        session.add(
+        names.append(
             AdapterRow(
                 name=spec.adapter, job_id=row.id, kind=spec.kind, base=admitted.base, parent=parent, created_at=now
             )
         )
-        session.flush()
-    data = {"status": "queued", "attempt": row.attempt, "reason": None, "error": None}
-    row.event_seq = repository.add_event(session, row.id, "status", data)
+    repository.add_job(session, row, *names)
     return row
 
 
