@@ -14,6 +14,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBearer
 from prometheus_client import CollectorRegistry
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 
 from service import __version__, graphs, health
@@ -21,7 +23,7 @@ from service.adapters import endpoints as adapters
 from service.auth import BearerAuth
 from service.db import Database
 from service.engine_client import EngineClient
-from service.errors import BadRequest, Invalid, LorryError, UnsupportedMedia
+from service.errors import BadRequest, InsufficientStorage, Invalid, LorryError, Unavailable, UnsupportedMedia
 from service.files import endpoints as files
 from service.files.service import drop_unfinished
 from service.generate import endpoints as generate
@@ -60,6 +62,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_exception_handler(LorryError, _render)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(OperationalError, _database_error)
+    app.add_exception_handler(PoolTimeout, _database_error)
     app.add_middleware(BodyLimit)
     if settings.api_key:
         app.add_middleware(BearerAuth, api_key=settings.api_key)
@@ -104,6 +108,14 @@ async def _reconcile_forever(db: Database, queue: JobQueue, settings: Settings) 
 async def _render(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, LorryError)
     return JSONResponse(error.body(), error.status, headers=error.headers)
+
+
+async def _database_error(request: Request, error: Exception) -> JSONResponse:
+    """The database is away, full, or stays locked: nothing was stored, and trying again may help."""
+    log.error("request %s: database: %s", request.state.request_id, error)
+    if "disk is full" in str(error) or "No space left" in str(error):
+        return await _render(request, InsufficientStorage("the database's disk is full"))
+    return await _render(request, Unavailable("the database is out of reach", code="database_unavailable"))
 
 
 _HTTP = {

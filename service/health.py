@@ -40,6 +40,7 @@ class Ready(BaseModel):
     parts: dict[str, Part] = Field(description="database, queue, workers, engine.")
 
 
+@router.head("/healthz", include_in_schema=False)
 @router.get("/healthz", response_model=Alive, summary="Liveness")
 async def healthz() -> Alive:
     """Answers as long as the process does; needs no key."""

@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import httpx
+import psycopg
 import pytest
 from rq import Worker
+from sqlalchemy.engine import make_url
 
 from service.app import create_app
 from service.jobs import repository
+from service.migrate import upgrade
 from service.settings import Settings
-from tests.conftest import Api, free_port, serve
+from tests.conftest import Api, free_port, new_database, serve
 from tests.steps import cpt, error_of, post, start, unique
 
 
@@ -49,6 +53,29 @@ def test_readiness_says_that_the_queue_is_away(sqlite_url: str, make_settings: C
         assert (parts["database"]["ok"], parts["queue"]["ok"], parts["workers"]["ok"]) == (True, False, False)
         assert api.http.get("/healthz").status_code == 200
         assert "\nlorry_queue_length " not in api.http.get("/metrics").text, "unknown is not zero"
+
+
+def test_a_database_that_goes_away_is_503_and_comes_back(
+    postgres: str, request: pytest.FixtureRequest, tmp_path: Path, make_settings: Callable[..., Settings]
+) -> None:
+    url = new_database("postgres", tmp_path, request)
+    upgrade(url)
+    name = make_url(url).database
+    with (
+        serve(make_settings(database_url=url, reconcile_seconds=60)) as api,
+        psycopg.connect(postgres, autocommit=True) as admin,
+    ):
+        job = post(api, cpt(unique()))
+        admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+        admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [name])
+        for call in (lambda: api.http.get("/v1/jobs"), lambda: api.http.post("/v1/jobs", json=cpt(unique()))):
+            answer = call()
+            assert (answer.status_code, error_of(answer)["code"]) == (503, "database_unavailable")
+            assert int(answer.headers["retry-after"]) > 0
+        assert api.http.get("/readyz").json()["parts"]["database"]["ok"] is False
+        assert api.http.get("/healthz").status_code == 200
+        admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+        assert [j["id"] for j in api.http.get("/v1/jobs").json()["data"]] == [job["id"]]
 
 
 def test_the_application_does_not_start_on_a_database_without_tables(make_settings: Callable[..., Settings]) -> None:

@@ -134,6 +134,7 @@ def delete(file_id: FileId, db: DbDep, settings: SettingsDep) -> Deleted:
     return Deleted(id=file_id, object="file")
 
 
+@router.head("/{file_id}/content", include_in_schema=False)
 @router.get("/{file_id}/content", summary="The bytes of an upload", response_class=Response)
 def content(file_id: FileId, db: DbDep, settings: SettingsDep) -> Download:
     """Understands Range and If-Range; the ETag is the SHA-256."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic import ValidationError
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
@@ -145,7 +146,11 @@ def _continue(spec: IftSpec, parent: Parent) -> IftSpec:
                     f"{theirs[name]!r}, not {value!r}; leave it out, or use 'stack' or 'merge'"
                 )
                 raise Invalid(message, param=f"lora.{name}", code="lora_mismatch")
-    lora = LoraSpec.model_validate({**spec.lora.model_dump(), **theirs, "loftq_config": None})
+    try:
+        lora = LoraSpec.model_validate({**spec.lora.model_dump(), **theirs, "loftq_config": None})
+    except ValidationError as error:  # e.g. stacked beyond the largest rank a spec may have
+        message = f"init.adapter: {parent.ref!r} cannot be continued: {error.errors()[0]['msg']}"
+        raise Invalid(message, param="init.adapter", code="lora_mismatch") from error
     return spec.model_copy(update={"model": model, "lora": lora})
 
 

@@ -194,6 +194,7 @@ def artifacts(job_id: JobId, db: DbDep) -> Page[schemas.Artifact]:
     return Page(data=[schemas.artifact(r) for r in rows], has_more=False)
 
 
+@router.head("/{job_id}/artifacts/{path:path}", include_in_schema=False)
 @router.get("/{job_id}/artifacts/{path:path}", summary="Download a file of an export", response_class=Response)
 def artifact(
     job_id: JobId,
