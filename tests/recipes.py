@@ -150,9 +150,10 @@ def run_recipe(
     ask_at: tuple[int, Ask] | None = None,
 ) -> Run:
     """Run a spec's recipe in `folder` (again, to go on from its checkpoints) and return how it went."""
+    spec = dict(spec)
+    base = spec["model"]["name"] if "model" in spec else str(spec.pop("base"))  # an export's base is its adapter's
     parsed = parse_spec(spec)
     settings = Settings(data_dir=folder / "data")
-    base = spec["model"]["name"] if "model" in spec else str(spec.pop("base"))
     paths = Paths(run_dir=folder / "run", out_dir=folder / "out", base=base, file=file, parent=parent)
     paths.run_dir.mkdir(parents=True, exist_ok=True)
     progress = Recorder(ask_at=ask_at)

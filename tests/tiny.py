@@ -71,7 +71,14 @@ def make_tiny_tokenizer(folder: Path, *, vocab: int = 1000) -> Any:
 
 
 def make_tiny_base(
-    folder: Path | str, *, tie: bool = False, vocab: int = 1000, hidden: int = 64, layers: int = 2, seed: int = 0
+    folder: Path | str,
+    *,
+    tie: bool = False,
+    vocab: int = 1000,
+    hidden: int = 64,
+    intermediate: int = 128,
+    layers: int = 2,
+    seed: int = 0,
 ) -> Path:
     """Write a random Llama (float32 safetensors) and its tokenizer into `folder`; same arguments, same bytes.
 
@@ -86,7 +93,7 @@ def make_tiny_base(
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
-        intermediate_size=128,
+        intermediate_size=intermediate,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
