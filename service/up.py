@@ -96,7 +96,7 @@ def up(settings: Settings, *, workers: int, engine: bool) -> int:
         root = str(Path(__file__).resolve().parent.parent)
         env["PYTHONPATH"] = os.pathsep.join(p for p in (root, env.get("PYTHONPATH")) if p)
         port = settings.port or _free_port()
-        _check_port(settings.host, port)
+        _check_port(settings.host, port, "LORRY_PORT")
         env["LORRY_PORT"] = str(port)
         parts: list[Part] = []
         if "redis_url" not in settings.model_fields_set:
@@ -108,7 +108,11 @@ def up(settings: Settings, *, workers: int, engine: bool) -> int:
         if "engine_url" in settings.model_fields_set:
             _say(f"using the engine at {settings.engine_url}")
         elif engine:
-            engine_port = settings.engine_port or _free_port()
+            engine_port = settings.engine_port
+            if "engine_port" not in settings.model_fields_set and not _is_free(settings.engine_host, engine_port):
+                engine_port = 0  # nobody asked for this one, and another engine has it
+            engine_port = engine_port or _free_port()
+            _check_port(settings.engine_host, engine_port, "LORRY_ENGINE_PORT")
             env["LORRY_ENGINE_PORT"] = str(engine_port)
             env["LORRY_ENGINE_URL"] = f"http://127.0.0.1:{engine_port}"
             parts.append(Part("engine", ["engine"], env))
@@ -282,14 +286,21 @@ def _only_one(folder: Path) -> Iterator[None]:
         yield
 
 
-def _check_port(host: str, port: int) -> None:
+def _check_port(host: str, port: int, variable: str) -> None:
+    """Raises SystemExit if the port cannot be listened on."""
+    if not _is_free(host, port):
+        raise SystemExit(f"lorry: cannot listen on {host}:{port}; set {variable}")
+
+
+def _is_free(host: str, port: int) -> bool:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError as error:
-            raise SystemExit(f"lorry: cannot listen on {host}:{port}: {error.strerror}; set LORRY_PORT") from None
+        except OSError:
+            return False
+        return True
 
 
 def _free_port() -> int:

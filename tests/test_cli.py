@@ -249,6 +249,25 @@ def test_up_starts_all_parts_and_ctrl_c_leaves_no_process(tmp_path: Path, runnin
     assert order == sorted(order)
 
 
+def test_up_serves_with_an_engine_of_its_own_even_where_another_has_the_usual_port(
+    tmp_path: Path, tiny_base: Path, running: Callable[..., Running]
+) -> None:
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            other.bind(("127.0.0.1", Settings.model_fields["engine_port"].default))
+            other.listen()
+        except OSError:
+            pass  # another engine has it, which is the case in question
+        up = running("up", base_model=tiny_base, torch_threads=1, engine_max_seq_length=128)
+        ready(up, "database,queue,workers,engine")
+        answer = httpx.post(f"{up.url}/generate", json={"prompt": "def ", "max_new_tokens": 4}, timeout=30)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["usage"]["completion_tokens"] <= 4
+        assert up.stop() == 0
+    assert gone(tmp_path) == {}
+
+
 def test_up_restarts_a_part_that_dies_and_keeps_the_queue(tmp_path: Path, running: Callable[..., Running]) -> None:
     up = running("up", "--no-engine")
     ready(up)
