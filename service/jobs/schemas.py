@@ -78,7 +78,7 @@ class JobDetail(Job):
 
 class Event(BaseModel):
     id: int = Field(description="Counts from 1 within the job; what Last-Event-ID takes.")
-    type: Literal["status", "progress", "metrics", "checkpoint", "log"] = Field(description="Type of the event.")
+    type: str = Field(description="status, progress, metrics, checkpoint or log.")
     data: dict[str, Any] = Field(description="Its content.")
     created_at: int = Field(description="Unix seconds.")
 
