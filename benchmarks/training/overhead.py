@@ -24,6 +24,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -209,7 +210,7 @@ def run_bare(where: Path, rows: Path, *options: str) -> dict[str, Any]:
 def step_times(seen: dict[str, Any], warm_up: int) -> list[float]:
     """Seconds between the ends of consecutive steps, after the first `warm_up` steps."""
     ends = seen["ends"][warm_up - 1 :] if warm_up else seen["ends"]
-    return [b - a for a, b in zip(ends, ends[1:], strict=False)]
+    return [b - a for a, b in pairwise(ends)]
 
 
 def largest_difference(one: dict[str, Any], other: dict[str, Any]) -> float:
