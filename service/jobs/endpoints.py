@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Header, Path, Query, Request, Response
@@ -132,8 +133,9 @@ async def events(
 
 
 async def _stream(hub: EventHub, job_id: str, after: int) -> AsyncIterator[JSONServerSentEvent]:
-    async for item in hub.follow(job_id, after):
-        yield JSONServerSentEvent(item.data, event=item.type, id=str(item.seq))
+    async with aclosing(hub.follow(job_id, after)) as items:
+        async for item in items:
+            yield JSONServerSentEvent(item.data, event=item.type, id=str(item.seq))
 
 
 def _head(db: Any, job_id: str) -> tuple[str, int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,7 +70,7 @@ class EventHub:
         self._wanted = asyncio.Event()
         self.polls = 0  # for the tests: how often SQL was asked
 
-    async def follow(self, job_id: str, seq: int) -> AsyncIterator[Item]:
+    async def follow(self, job_id: str, seq: int) -> AsyncGenerator[Item, None]:
         """Events of an existing job after `seq`, in order, until the one of its final state."""
         feed = self._feeds.setdefault(job_id, _Feed(head=0))
         feed.followers += 1
