@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from service.errors import JobFailure
+from worker.progress import finite
 from worker.run import describe
 from worker.tasks import classify
 
@@ -66,3 +68,8 @@ def test_a_job_failure_stays_what_it_is() -> None:
 def test_a_wait_status_is_said_in_words() -> None:
     assert "SIGKILL" in describe(9)
     assert "exit code 3" in describe(3 << 8)
+
+
+def test_a_loss_that_is_no_number_is_reported_as_null() -> None:
+    point = {"loss": float("nan"), "grad_norm": float("inf"), "step": 3, "nested": [{"x": -math.inf}, 0.5]}
+    assert finite(point) == {"loss": None, "grad_norm": None, "step": 3, "nested": [{"x": None}, 0.5]}

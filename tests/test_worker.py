@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +12,27 @@ import pytest
 
 from service.db import Database
 from service.jobs import service as jobs
+from service.migrate import upgrade
 from service.queue import JobQueue
 from service.settings import Settings
+from tests.conftest import new_database
 from tests.recipes import chats, cpt_spec, ift_spec, texts
 from tests.worker_kit import Host, child_of, gone, kill
 
 
 @pytest.fixture
-def host(sqlite_url: str, make_settings: Callable[..., Settings], tmp_path: Path) -> Host:
-    settings = make_settings(
-        database_url=sqlite_url, heartbeat_seconds=0.5, heartbeat_timeout_seconds=4, shutdown_seconds=20
-    )
-    return Host(
-        settings,
-        Database(settings.sqlalchemy_url),
-        JobQueue(settings.redis_url, settings.queue),
-        tmp_path / "worker.log",
-    )
+def host(request: pytest.FixtureRequest, make_settings: Callable[..., Settings], tmp_path: Path) -> Iterator[Host]:
+    """A host of its own, on SQLite unless the test asks for Postgres."""
+    url = new_database(getattr(request, "param", "sqlite"), tmp_path, request)
+    upgrade(url)
+    settings = make_settings(database_url=url, heartbeat_seconds=0.5, heartbeat_timeout_seconds=4, shutdown_seconds=20)
+    db, queue = Database(url), JobQueue(settings.redis_url, settings.queue)
+    yield Host(settings, db, queue, tmp_path / "worker.log")
+    db.dispose()
+    queue.redis.close()
+
+
+both_databases = pytest.mark.parametrize("host", ["sqlite", "postgres"], indirect=True)
 
 
 @pytest.fixture
@@ -57,6 +61,7 @@ def statuses(host: Host, job_id: str) -> list[str]:
     return [e.data["status"] for e in host.events(job_id, "status")]
 
 
+@both_databases
 def test_a_chain_of_jobs_trains_and_exports(host: Host, tiny_base: Path, rows: Path, tmp_path: Path) -> None:
     talk = chats(tmp_path / "ift.jsonl")
     first = host.submit(cpt_spec(tiny_base, adapter="chain-cpt", dataset={"file_id": host.upload(rows)}))
@@ -102,6 +107,7 @@ def test_a_chain_of_jobs_trains_and_exports(host: Host, tiny_base: Path, rows: P
     assert {"data", "optimizer", "versions", "device", "trainable_parameters"} <= set(record)
 
 
+@both_databases
 def test_a_killed_child_goes_on_from_its_last_checkpoint(host: Host, tiny_base: Path, rows: Path) -> None:
     file = host.upload(rows)
     whole = host.submit(long_spec(tiny_base, file, "whole", max_steps=60))

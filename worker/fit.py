@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,17 +49,20 @@ def fit(spec: CptSpec | IftSpec, build: Build, tokenizer: Any, data: Prepared, c
     trained = train_and_save(spec, build, tokenizer, data, context)
     if not isinstance(trained, Trained):
         return Outcome(trained)
-    ask = context.progress.asked()
-    if ask in ("cancel", "stop"):
-        raise Interrupted(ask)
-
-    # Only what was read back counts.
-    context.progress.phase("verifying")
-    gc.collect()
     path, result = context.paths.out_dir, trained.result
-    result["verification"] = verify.reload_and_compare(
-        path, spec.model, context.paths.base, trained.ids, trained.logprobs, tokenizer, **context.hub
-    )
+    try:
+        # Only what was read back counts.
+        ask = context.progress.asked()
+        if ask in ("cancel", "stop"):
+            raise Interrupted(ask)
+        context.progress.phase("verifying")
+        gc.collect()
+        result["verification"] = verify.reload_and_compare(
+            path, spec.model, context.paths.base, trained.ids, trained.logprobs, tokenizer, **context.hub
+        )
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)  # no row will name it
+        raise
     adapter = {
         "path": str(path),
         "step": result["step"],

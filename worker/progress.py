@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
@@ -65,11 +66,12 @@ class SqlProgress:
 
     def steps(self, values: dict[str, Any]) -> None:
         last = values["step"] >= values["total_steps"]
-        self._progress = {**self._progress, **values}
+        self._progress = {**self._progress, **finite(values)}
         if last or time.monotonic() - self._written >= PROGRESS_SECONDS:
             self._write_progress()
 
     def metrics(self, split: Literal["train", "eval"], step: int, point: dict[str, Any]) -> None:
+        point = finite(point)
         with self.db.write() as session:
             repository.own(session, self.job_id, self.run_id)
             repository.put_metrics(session, self.job_id, [(split, step, point)])
@@ -93,7 +95,7 @@ class SqlProgress:
                 session.execute(
                     delete(CheckpointRow).where(CheckpointRow.job_id == self.job_id, CheckpointRow.step.in_(gone))
                 )
-            for step, values in present.items():
+            for step, values in finite(present).items():
                 if step in known and known[step].path == values["path"]:
                     continue
                 session.merge(CheckpointRow(job_id=self.job_id, step=step, created_at=time.time(), **values))
@@ -105,7 +107,7 @@ class SqlProgress:
         with self.db.write() as session:
             repository.own(session, self.job_id, self.run_id)
             row = session.get_one(RunRow, self.run_id)
-            row.record = {**row.record, **values}
+            row.record = {**row.record, **finite(values)}
 
     def asked(self) -> Ask | None:
         if self._fenced:
@@ -147,6 +149,15 @@ class SqlProgress:
                 return
             except OperationalError as error:
                 log.warning("heartbeat not written: %s", error)
+
+
+def finite(data: Any) -> Any:
+    """`data` with NaN and infinity, which JSON does not have, as null: a diverged loss must not break its own report."""
+    if isinstance(data, dict):
+        return {key: finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def tail(path: Path, lines: int = 200) -> list[str]:

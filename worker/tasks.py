@@ -34,7 +34,7 @@ from service.reconcile import after_end
 from service.settings import Settings
 from service.specs import CptSpec, ExportSpec, IftSpec, parse_spec
 from worker.outcome import Context, Interrupted, Outcome, Paths
-from worker.progress import SqlProgress, tail
+from worker.progress import SqlProgress, finite, tail
 
 log = logging.getLogger("lorry.worker")
 # What torch, safetensors and SQLite say in exceptions that are no MemoryError and no OSError.
@@ -97,7 +97,15 @@ def execute(db: Database, queue: JobQueue, settings: Settings, row: JobRow, prog
         parent=parent.path if parent else None,
     )  # fmt: skip
     paths.out_dir.parent.mkdir(parents=True, exist_ok=True)
-    about = {"base": base_name, "kind": row.kind, "job": row.id, "name": row.adapter, "lineage": row.lineage}
+    revision = None if isinstance(spec, ExportSpec) else spec.model.revision
+    about = {
+        "base": base_name,
+        "revision": revision,
+        "kind": row.kind,
+        "job": row.id,
+        "name": row.adapter,
+        "lineage": row.lineage,
+    }
     context = Context(paths=paths, progress=progress, settings=settings, about=about, token=hub_token(queue, row.id))
     recipe = importlib.import_module(RECIPES[row.kind])
     outcome: Outcome = recipe.run(spec, context)
@@ -136,10 +144,10 @@ def finish(db: Database, settings: Settings, row: JobRow, run_id: str, outcome: 
         match outcome.ended:
             case "done":
                 moved = repository.transition(
-                    session, row.id, ["running"], "succeeded", run_id=run_id, result=outcome.result
+                    session, row.id, ["running"], "succeeded", run_id=run_id, result=finite(outcome.result)
                 )
                 if moved and row.kind != "export":
-                    values = {**outcome.adapter, "ready": True}
+                    values = {**finite(outcome.adapter), "ready": True}
                     session.execute(update(AdapterRow).where(AdapterRow.job_id == row.id).values(**values))
                 for artifact in outcome.artifacts if moved else ():
                     session.merge(ArtifactRow(job_id=row.id, **artifact))

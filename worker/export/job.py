@@ -41,7 +41,7 @@ def run(spec: ExportSpec, context: Context) -> Outcome:
 
     progress.phase("loading")
     tokenizer = AutoTokenizer.from_pretrained(adapter)
-    base, stored = load_plain(paths.base, revision=None, **context.hub)
+    base, stored = load_plain(paths.base, revision=about.get("revision"), **context.hub)
     live = PeftModel.from_pretrained(base, adapter)
     expected = [next_token_logprobs(live, ids) for ids in probe] if spec.verify else []
     check(progress)
@@ -65,7 +65,7 @@ def run(spec: ExportSpec, context: Context) -> Outcome:
         check(progress)
         if spec.verify:
             progress.phase("verifying")
-            report = verify(spec, folder, paths.base, probe, expected, context)
+            report = verify(spec, folder, about, probe, expected, context)
             progress.record({"verification": report})
         check(progress)
         # The manifest is written last: a folder without one is no export.
@@ -73,6 +73,7 @@ def run(spec: ExportSpec, context: Context) -> Outcome:
             "format": spec.format,
             "adapter": spec.adapter,
             "base": about["base"],
+            "revision": about.get("revision"),
             "lineage": {"job": about["job"], **(about.get("lineage") or {})},
             "template": json.loads((folder / "lorry_template.json").read_text())["fingerprint"],
             "versions": record.versions(),
@@ -128,11 +129,16 @@ This is {what} trained with lorry ({about["kind"]}, job {about["job"]}, step {ab
 
 
 def verify(
-    spec: ExportSpec, folder: Path, base: str, probe: list[list[int]], expected: list[torch.Tensor], context: Context
+    spec: ExportSpec,
+    folder: Path,
+    about: dict[str, Any],
+    probe: list[list[int]],
+    expected: list[torch.Tensor],
+    context: Context,
 ) -> dict[str, Any]:
     """Read the export back with the tool that will load it and compare with the live adapter. Raises JobFailure."""
     if spec.format == "lora":
-        plain, _ = load_plain(base, revision=None, **context.hub)
+        plain, _ = load_plain(context.paths.base, revision=about.get("revision"), **context.hub)
         model: Any = PeftModel.from_pretrained(plain, folder)
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
