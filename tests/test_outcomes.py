@@ -47,7 +47,7 @@ def test_a_checkpoint_on_a_full_disk_fails_the_job_and_leaves_nothing_half_writt
     try:
         with pytest.raises(Exception) as caught:  # torch, safetensors or the OS: whoever writes first
             run_recipe(cpt_spec(tiny_base), small, file=rows)
-        assert classify(caught.value).code == "insufficient_storage"
+        assert classify(caught.value).code == "insufficient_storage", repr(caught.value)
         assert [p.name for p in (small / "run" / "checkpoints").iterdir() if p.name.startswith("checkpoint")] == []
         assert not (small / "out").exists()
     finally:

@@ -39,7 +39,7 @@ from worker.progress import SqlProgress, finite, tail
 log = logging.getLogger("lorry.worker")
 # What torch, safetensors and SQLite say in exceptions that are no MemoryError and no OSError.
 OUT_OF_MEMORY = ("can't allocate memory", "CUDA out of memory")
-DISK_FULL = ("No space left on device", "database or disk is full", "PytorchStreamWriter failed writing file")
+DISK_FULL = ("No space left on device", "database or disk is full", "PytorchStreamWriter failed", ". unexpected pos ")
 RECIPES = {"cpt": "worker.cpt", "ift": "worker.ift", "export": "worker.export.job"}
 
 
