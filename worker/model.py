@@ -98,6 +98,8 @@ def add_lora(model: Any, lora: LoraSpec, *, seed: int, checkpointing: bool, plai
             target_modules=[*lora.target_modules, *(EMBEDDINGS if lora.train_embeddings else ())],
             use_gradient_checkpointing="unsloth" if checkpointing else False,
             random_state=seed,
+            # Two matrices also for a tied base, on every device: Unsloth would tie them on a GPU and not on a CPU.
+            ensure_weight_tying=False,
         )
     if lora.loftq_config:
         init_loftq(peft_model)

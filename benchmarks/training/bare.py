@@ -59,6 +59,7 @@ model = FastLanguageModel.get_peft_model(
     target_modules=lora["target_modules"] + (["embed_tokens", "lm_head"] if lora["train_embeddings"] else []),
     use_gradient_checkpointing=checkpointing,
     random_state=training["seed"],
+    ensure_weight_tying=False,  # as the job does; left out, Unsloth ties the two matrices of a tied base on a GPU
 )
 
 rows = load_dataset("json", data_files=str(arguments.rows), split="train", cache_dir=str(arguments.output / "cache"))
