@@ -261,12 +261,12 @@ def sse(stream: httpx.Response) -> Iterator[tuple[str, str, dict[str, Any]]]:
 def follow(api: Api, job_id: str, title: str) -> dict[str, Any]:
     """Show a job's progress until it ends; returns the job. Raises Failed with its error and the end of its log."""
     columns = (
-        TextColumn("{task.description:<22}"),
+        TextColumn("{task.description:<19}"),
         BarColumn(20),
         TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.fields[info]}"),
     )
     began, seen, printed = time.monotonic(), {"loss": "", "eval": ""}, -1
-    with Progress(*columns, console=console, refresh_per_second=4) as bar:
+    with Progress(*columns, console=console, refresh_per_second=4, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=1, info="waiting")
         for kind, data in api.events(job_id):
             if kind == "status":
@@ -287,9 +287,11 @@ def follow(api: Api, job_id: str, title: str) -> dict[str, Any]:
                     printed = step
         job = api.job(job_id)
         done = job["status"] == "succeeded"
+        info = f"{seen['loss']}{seen['eval']}{job['status']} in {clock(time.monotonic() - began)}"
         total = job["progress"].get("total_steps") or 1
-        bar.update(task, completed=total if done else job["progress"].get("step") or 0, total=total,
-                   info=f"{seen['loss']}{seen['eval']}{job['status']} in {clock(time.monotonic() - began)}")  # fmt: skip
+        bar.update(task, completed=total if done else job["progress"].get("step") or 0, total=total, info=info)
+        if not console.is_terminal:
+            console.print(f"  {title}  {info}", soft_wrap=True)
     if not done:
         error = job["error"] or {"code": job["status"], "message": ""}
         log = api.call("GET", f"/v1/jobs/{job_id}/log", params={"bytes": 4000}).text
@@ -329,10 +331,11 @@ def compare(api: Api) -> None:
         ]
         for thread in threads:
             thread.start()
-        with Live(side_by_side(question, texts), console=console, refresh_per_second=8) as live:
+        with Live(console=console, refresh_per_second=8, transient=True) as live:
             while any(thread.is_alive() for thread in threads):
+                live.update(side_by_side(question, texts) if console.is_terminal else "")
                 time.sleep(0.1)
-                live.update(side_by_side(question, texts))
+        console.print(side_by_side(question, texts))
         if errors:
             raise Failed("\n".join(errors))
         if not all(text.strip() for text in texts.values()):
