@@ -130,19 +130,23 @@ class Service:
                 start_new_session=True,
                 preexec_fn=None if self.keep else die_with_parent,
             )
+        self.wait_for("database,queue,workers")  # jobs need no engine: it loads its model meanwhile
+
+    def wait_for(self, parts: str) -> None:
         deadline = time.monotonic() + READY_SECONDS
-        while not self.is_ready():
-            if self.process.poll() is not None:
-                raise Failed(f"lorry up ended with status {self.process.returncode}:\n{tail(self.log)}")
+        while not self.is_ready(parts):
+            if self.process is None or self.process.poll() is not None:
+                raise Failed(f"lorry up has ended:\n{tail(self.log)}")
             if time.monotonic() > deadline:
-                raise Failed(f"lorry up was not ready after {READY_SECONDS} s:\n{tail(self.log)}")
+                raise Failed(f"lorry up: {parts} not ready after {READY_SECONDS} s:\n{tail(self.log)}")
             time.sleep(0.3)
 
-    def is_ready(self) -> bool:
+    def is_ready(self, parts: str) -> bool:
         try:
-            return httpx.get(f"{self.url}/readyz", timeout=5, trust_env=False).status_code == 200
+            answer = httpx.get(f"{self.url}/readyz", params={"parts": parts}, timeout=5, trust_env=False)
         except httpx.HTTPError:
             return False
+        return answer.status_code == 200
 
     def stop(self) -> None:
         if self.process is None or self.process.poll() is not None:
@@ -377,6 +381,7 @@ def demo(service: Service, loss_svg: Path) -> None:
             f"mean KL {report['mean_kl']:.2g}, the same likeliest token at {report['greedy_agreement']:.1%} of places"
         )
     console.print()
+    service.wait_for("engine")
     compare(api)
     loss_svg.write_bytes(api.call("GET", "/v1/loss.svg", params={"jobs": f"{cpt},{ift}"}).content)
     console.print(f"loss curves: {loss_svg}")
