@@ -57,7 +57,7 @@ MODEL = {"max_seq_length": 256, "load_in_4bit": False}
 
 
 def cpt_spec(file_id: str) -> dict[str, Any]:
-    """About a third of the language reference, in windows of 256 tokens."""
+    """About a quarter of the language reference, in windows of 256 tokens."""
     return {
         "kind": "cpt",
         "adapter": "pydocs",
@@ -67,11 +67,11 @@ def cpt_spec(file_id: str) -> dict[str, Any]:
         "training": {
             "per_device_train_batch_size": 4,
             "gradient_accumulation_steps": 1,
-            "max_steps": 40,
+            "max_steps": 32,
             "learning_rate": 2e-4,
             "embedding_learning_rate": 2e-5,
             "logging_steps": 2,
-            "eval_steps": 20,
+            "eval_steps": 16,
         },
     }
 
@@ -89,11 +89,11 @@ def ift_spec(file_id: str, cpt_job: str) -> dict[str, Any]:
         "training": {
             "per_device_train_batch_size": 8,
             "gradient_accumulation_steps": 1,
-            "max_steps": 40,
+            "max_steps": 32,
             "learning_rate": 2e-4,
             "embedding_learning_rate": 2e-5,
             "logging_steps": 2,
-            "eval_steps": 20,
+            "eval_steps": 16,
             "train_on_responses_only": True,
         },
     }
