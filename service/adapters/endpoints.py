@@ -12,6 +12,7 @@ from service.db import Database
 from service.deps import DbDep, EngineDep, SettingsDep
 from service.engine_client import EngineClient
 from service.errors import LorryError
+from service.json_body import Storable
 from service.models import AdapterRow
 from service.wire import After, Deleted, Limit, Page
 
@@ -40,7 +41,7 @@ async def show(name: Name, db: DbDep, engine: EngineDep) -> schemas.Adapter:
     return await _answer(await run_in_threadpool(_require, db, name), engine)
 
 
-@router.patch("/{name}", response_model=schemas.Adapter, summary="Rename or pin an adapter")
+@router.patch("/{name}", response_model=schemas.Adapter, dependencies=[Storable], summary="Rename or pin an adapter")
 async def change(
     name: Name, body: schemas.Change, db: DbDep, engine: EngineDep, settings: SettingsDep
 ) -> schemas.Adapter:

@@ -20,6 +20,7 @@ from service.errors import LorryError
 from service.generate import service
 from service.generate.schemas import GenerateRequest, GenerateResponse
 from service.ids import new_id
+from service.json_body import Writable
 from service.openai.wire import Piece, compact
 
 router = APIRouter(tags=["generate"])
@@ -35,6 +36,7 @@ _EVENTS = {
 @router.post(
     "/generate",
     response_model=GenerateResponse,
+    dependencies=[Writable],
     summary="Generate text with an adapter or the base",
     responses={200: _EVENTS},
 )

@@ -17,6 +17,7 @@ from service.files.download import Download
 from service.jobs import repository, schemas, service
 from service.jobs.events import EventHub
 from service.jobs.states import FINAL, Status
+from service.json_body import Storable
 from service.specs import CptSpec, ExportSpec, IftSpec
 from service.wire import After, Limit, Page
 
@@ -26,7 +27,7 @@ AnyJob = Annotated[CptSpec | IftSpec | ExportSpec, Body(discriminator="kind", de
 Seq = Annotated[int, Query(ge=0, le=2**31 - 1, description="Only events after this one.")]
 
 
-@router.post("", status_code=202, response_model=schemas.Job, summary="Make a job")
+@router.post("", status_code=202, response_model=schemas.Job, dependencies=[Storable], summary="Make a job")
 def create(
     spec: AnyJob,
     response: Response,

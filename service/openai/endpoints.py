@@ -23,6 +23,7 @@ from service.errors import LorryError, NotFound
 from service.generate.endpoints import DRAIN_SECONDS
 from service.generate.service import EngineCall, Source, base_source, engine_call, find, finish_reason
 from service.ids import new_id
+from service.json_body import Writable
 from service.models import AdapterRow
 from service.openai.schemas import ChatCompletionRequest, CompletionRequest, SamplingBody
 from service.openai.wire import DONE, ChatWriter, CompletionWriter, Piece, Writer, event
@@ -73,7 +74,9 @@ async def retrieve_model(
     return found
 
 
-@router.post("/completions", response_model=None, summary="Complete a prompt", responses=_STREAM)
+@router.post(
+    "/completions", response_model=None, dependencies=[Writable], summary="Complete a prompt", responses=_STREAM
+)
 async def completions(body: CompletionRequest, request: Request, db: DbDep, settings: SettingsDep) -> Response:
     """OpenAI's completions. A text prompt gets the model's BOS if it wants one; token ids are taken as they are."""
     source = await _source(body.model, db, request.app.state.engine)
@@ -89,7 +92,13 @@ async def completions(body: CompletionRequest, request: Request, db: DbDep, sett
     return await _respond(request, settings.sse_ping_seconds, body, source, call, writer, len(prompts) * body.n)
 
 
-@router.post("/chat/completions", response_model=None, summary="Answer a conversation", responses=_STREAM)
+@router.post(
+    "/chat/completions",
+    response_model=None,
+    dependencies=[Writable],
+    summary="Answer a conversation",
+    responses=_STREAM,
+)
 async def chat_completions(body: ChatCompletionRequest, request: Request, db: DbDep, settings: SettingsDep) -> Response:
     """OpenAI's chat completions. The conversation is rendered with the template stored with the adapter."""
     source = await _source(body.model, db, request.app.state.engine)
