@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 from sqlalchemy import Connection, create_engine, event
 from sqlalchemy.engine import make_url
 from sqlalchemy.orm import Session, sessionmaker
+
+_BUSY_SECONDS = 30  # how long a writer waits for SQLite's lock
 
 
 class Database:
@@ -22,13 +25,14 @@ class Database:
             Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
         kwargs: dict[str, Any] = {"pool_size": pool_size, "max_overflow": 20, "pool_pre_ping": not self.sqlite}
         if self.sqlite:
-            kwargs["connect_args"] = {"timeout": 30, "check_same_thread": False}
+            kwargs["connect_args"] = {"timeout": _BUSY_SECONDS, "check_same_thread": False}
         self.engine = create_engine(url, **kwargs)
         if self.sqlite:
             _prepare_sqlite(self.engine)
         # expire_on_commit off: rows are handed out after the commit and read without another query.
         self._read = sessionmaker(self.engine, expire_on_commit=False)
         self._write = sessionmaker(self.engine.execution_options(lorry_write=True), expire_on_commit=False)
+        self._turn = threading.Lock()
 
     @contextmanager
     def read(self) -> Iterator[Session]:
@@ -39,8 +43,22 @@ class Database:
     @contextmanager
     def write(self) -> Iterator[Session]:
         """A session committed at the end of the block, rolled back on an exception. Keep slow work out of it."""
-        with self._write.begin() as session:
+        with self._one_writer(), self._write.begin() as session:
             yield session
+
+    @contextmanager
+    def _one_writer(self) -> Iterator[None]:
+        """On SQLite the writers of one process take turns here, not at the file's lock.
+
+        There they would poll, ever more slowly, and under load some would wait for seconds. That lock still decides: for
+        other processes, and for a writer that has waited long enough here.
+        """
+        held = self.sqlite and self._turn.acquire(timeout=_BUSY_SECONDS)
+        try:
+            yield
+        finally:
+            if held:
+                self._turn.release()
 
     def dispose(self) -> None:
         self.engine.dispose()

@@ -1,4 +1,7 @@
-"""What endpoints ask for by type: the parts that the lifespan put on app.state."""
+"""What endpoints ask for by type: the parts that the lifespan put on app.state.
+
+The functions are async although they wait for nothing: FastAPI sends others through its thread pool, one trip each.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +15,19 @@ from service.queue import JobQueue
 from service.settings import Settings
 
 
-def _settings(request: Request) -> Settings:
+async def _settings(request: Request) -> Settings:
     return cast(Settings, request.app.state.settings)
 
 
-def _db(request: Request) -> Database:
+async def _db(request: Request) -> Database:
     return cast(Database, request.app.state.db)
 
 
-def _queue(request: Request) -> JobQueue:
+async def _queue(request: Request) -> JobQueue:
     return cast(JobQueue, request.app.state.queue)
 
 
-def _engine(request: Request) -> EngineClient:
+async def _engine(request: Request) -> EngineClient:
     return cast(EngineClient, request.app.state.engine)
 
 

@@ -15,6 +15,7 @@ from rq import Queue, Worker
 from rq.job import Job
 
 TASK = "worker.tasks.run_job"  # by name: service never imports worker
+TOKEN_SECONDS = 30 * 86400  # a token whose job is lost with its database must not stay for good
 _SEPARATOR = "-"
 
 
@@ -35,7 +36,11 @@ class JobQueue:
         # An id of its own for each entry: RQ forgets an entry when its run ends, and a job that its own run gives back
         # would be forgotten with it.
         entry = f"{job_id}{_SEPARATOR}{secrets.token_hex(4)}"
-        self.rq.enqueue_call(TASK, args=(job_id,), job_id=entry, timeout=-1, ttl=None, result_ttl=0, failure_ttl=0)
+        with self.redis.pipeline() as pipeline:  # one transaction; RQ's own way takes two
+            self.rq.enqueue_call(
+                TASK, args=(job_id,), job_id=entry, timeout=-1, ttl=None, result_ttl=0, failure_ttl=0, pipeline=pipeline
+            )
+            pipeline.execute()
 
     def enqueue_soon(self, job_id: str) -> bool:
         """As `enqueue`, but a queue out of reach is not an error: reconcile() puts the job there later."""
@@ -75,7 +80,7 @@ class JobQueue:
 
     # A hub token lives only here, under the job's id, until the job ends; it is in no row, log, event or answer.
     def keep_token(self, job_id: str, token: str) -> None:
-        self.redis.set(f"lorry:hub-token:{job_id}", token)
+        self.redis.set(f"lorry:hub-token:{job_id}", token, ex=TOKEN_SECONDS)
 
     def token(self, job_id: str) -> str | None:
         value = self.redis.get(f"lorry:hub-token:{job_id}")
