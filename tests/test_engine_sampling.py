@@ -36,10 +36,16 @@ def test_temperature_zero_takes_the_likeliest() -> None:
     assert [s.token_id for s in found] == rows.argmax(-1).tolist()
 
 
-@pytest.mark.parametrize("params", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"temperature": 1e-4}])
+@pytest.mark.parametrize("params", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"temperature": 1e-4}, {"temperature": 1e-38}])
 def test_the_narrowest_settings_are_greedy(params: dict[str, Any]) -> None:
     row = logits()
     assert set(draws(50, row, **params)) == {int(row.argmax())}
+
+
+@pytest.mark.parametrize("params", [{}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}])
+def test_logits_of_any_size_can_be_divided_by_a_small_temperature(params: dict[str, Any]) -> None:
+    row = logits() * 1e34
+    assert set(draws(20, row, temperature=1.1e-5, **params)) == {int(row.argmax())}
 
 
 def test_draws_follow_the_distribution() -> None:

@@ -7,12 +7,13 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+GREEDY_BELOW = 1e-5  # as in vLLM: no draw at such a temperature differs from the likeliest token
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is chosen. Temperature 0 is greedy; 0 for top_k, 1 for top_p and 0 for min_p switch them off."""
+    """How the next token is chosen. A temperature below 1e-5 is greedy; 0 for top_k, 1 for top_p and 0 for min_p switch them off."""
 
     max_tokens: int
     temperature: float = 1.0
@@ -30,7 +31,7 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0.0
+        return self.temperature < GREEDY_BELOW
 
     @property
     def penalised(self) -> bool:

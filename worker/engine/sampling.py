@@ -61,7 +61,8 @@ def _draw(scores: torch.Tensor, requests: list[Request]) -> torch.Tensor:
     def column(values: list[float]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
 
-    scores = scores / column([r.params.temperature for r in requests])
+    # Without the largest taken off first, a small temperature makes infinities, and their softmax is not a number.
+    scores = (scores - scores.amax(dim=-1, keepdim=True)) / column([r.params.temperature for r in requests])
     vocab = scores.shape[-1]
     if any(0 < r.params.top_k < vocab for r in requests) or any(r.params.top_p < 1.0 for r in requests):
         ordered, _ = scores.sort(dim=-1, descending=True)
