@@ -60,15 +60,19 @@ def test_the_list_has_finished_adapters_by_name_and_a_cursor(api: Api) -> None:
 
 def test_rename_and_pin(api: Api) -> None:
     job_id = adapter(api, old := unique())
+    checkpoint(api, job_id, 5)
     child = post(api, ift(unique(), init={"adapter": old, "mode": "stack"}))
+    of_step = post(api, ift(unique(), init={"adapter": f"{old}@5", "mode": "stack"}))
     refused = api.http.patch(f"/v1/adapters/{old}", json={"name": unique()})
     assert (refused.status_code, error_of(refused)["code"]) == (409, "adapter_in_use")
     succeed(api, child["id"])
+    succeed(api, of_step["id"])
     new = unique()
     changed = api.http.patch(f"/v1/adapters/{old}", json={"name": new, "pinned": True}).json()
     assert (changed["name"], changed["pinned"], changed["job"]) == (new, True, job_id)
     assert api.http.get(f"/v1/adapters/{old}").status_code == 404
     assert api.http.get(f"/v1/adapters/{child['adapter']}").json()["parent"] == new
+    assert api.http.get(f"/v1/adapters/{of_step['adapter']}").json()["parent"] == f"{new}@5"
     assert api.http.get(f"/v1/jobs/{job_id}").json()["adapter"] == new
     assert api.http.patch(f"/v1/adapters/{new}", json={"pinned": False}).json()["pinned"] is False
     assert post(api, cpt(old))["adapter"] == old, "the old name is free"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import func, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -111,6 +111,9 @@ def change(db: Database, name: str, *, new_name: str | None, pinned: bool | None
                 # The job keeps its spec as it was sent, and follows the adapter by its name of today.
                 session.execute(update(JobRow).where(JobRow.id == row.job_id).values(adapter=new_name))
                 session.execute(update(AdapterRow).where(AdapterRow.parent == name).values(parent=new_name))
+                steps = AdapterRow.parent.startswith(f"{name}@", autoescape=True)
+                parent = new_name + func.substr(AdapterRow.parent, len(name) + 1)
+                session.execute(update(AdapterRow).where(steps).values(parent=parent))
                 row.name = new_name
             session.flush()
     except IntegrityError as error:
