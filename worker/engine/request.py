@@ -13,7 +13,10 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is chosen. A temperature below 1e-5 is greedy; 0 for top_k, 1 for top_p and 0 for min_p switch them off."""
+    """How the next token is chosen. A temperature below 1e-5 is greedy.
+
+    0 for top_k, 1 for top_p and 0 for min_p switch them off.
+    """
 
     max_tokens: int
     temperature: float = 1.0
