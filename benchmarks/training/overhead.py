@@ -174,7 +174,7 @@ class Job:
         url = f"sqlite:///{where / 'lorry.db'}"
         # The task needs no queue; one that is away is part of what it can bear.
         self.env = {"database_url": url, "redis_url": f"redis://127.0.0.1:{common.free_port()}/0"}
-        self.settings = Settings(data_dir=where / "data", **self.env)
+        self.settings = Settings(data_dir=where / "data", database_url=url, redis_url=self.env["redis_url"])
         self.db, self.queue = Database(url), JobQueue(self.settings.redis_url, "lorry")
         upload = Upload(self.settings)
         upload.begin(rows.name)
@@ -215,7 +215,7 @@ def step_times(seen: dict[str, Any], warm_up: int) -> list[float]:
 
 def largest_difference(one: dict[str, Any], other: dict[str, Any]) -> float:
     """Over all logged steps of both, training and evaluation."""
-    gaps = []
+    gaps: list[float] = []
     for name in ("losses", "eval_losses"):
         assert one[name].keys() == other[name].keys(), (name, one[name], other[name])
         gaps += [abs(value - other[name][step]) for step, value in one[name].items()]
