@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -270,6 +271,18 @@ def test_continue_takes_the_finished_parent_s_lora_and_refuses_another(api: Api)
     assert (answer.status_code, error_of(answer)["param"]) == (422, "lora.r")
     stacked = post(api, ift(unique(), init={"adapter": name, "mode": "stack"}, lora__r=8))
     assert stacked["spec"]["lora"]["r"] == 8
+
+
+def test_a_path_may_begin_with_the_home_folder(api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    (tmp_path / "set").mkdir()
+    adapter(api, name := unique(), model__name=str(tmp_path / "base"))
+    post(api, ift(unique(), init={"adapter": name}, model__name="~/base", dataset__path="~/set"))
+    for field, path in (("model.name", "~/none"), ("model.name", "~nobody-here/x"), ("dataset.path", "~/none")):
+        answer = api.http.post("/v1/jobs", json=cpt(unique(), **{field.replace(".", "__"): path}))
+        assert (answer.status_code, error_of(answer)["param"]) == (422, field)
 
 
 def test_a_checkpoint_can_be_started_from_and_exported(api: Api) -> None:

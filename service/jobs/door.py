@@ -159,7 +159,7 @@ def _comparable(value: Any) -> Any:
 
 
 def _same_base(one: str, other: str) -> bool:
-    return one == other or (_is_path(one) and _is_path(other) and os.path.realpath(one) == os.path.realpath(other))
+    return one == other or (_is_path(one) and _is_path(other) and _real(one) == _real(other))
 
 
 # Export
@@ -170,6 +170,10 @@ def _admit_export(session: Session, spec: ExportSpec, after: dict[str, JobRow]) 
         raise _unsupported("format", f"format {spec.format!r} is not supported yet; lora and merged_16bit are")
     parent = _find(session, spec.adapter, after, "adapter")
     return Admitted(spec, parent.base, _lineage(parent.base, parent))
+
+
+def _real(path: str) -> str:
+    return os.path.realpath(os.path.expanduser(path))
 
 
 # Model, data, name
@@ -183,7 +187,7 @@ def _check_model(settings: Settings, spec: TrainSpec) -> None:
     name = spec.model.name
     if name is None or name == settings.base_model:
         return
-    folder = Path(name)
+    folder = Path(os.path.expanduser(name))  # as the worker does
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             message = f"model.name: the folder {name!r} is no transformers model: it has no config.json"
@@ -203,7 +207,7 @@ def _check_data(session: Session, spec: TrainSpec) -> None:
     data = spec.dataset
     if data.file_id is not None:
         files.hold(session, data.file_id, param="dataset.file_id")
-    if data.path is not None and _is_path(data.path) and not Path(data.path).exists():
+    if data.path is not None and _is_path(data.path) and not os.path.exists(os.path.expanduser(data.path)):
         message = f"dataset.path: {data.path!r} does not exist on the server"
         raise Invalid(message, param="dataset.path", code="dataset_not_found")
     for name in ("prompt", "response"):
