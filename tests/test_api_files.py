@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import socket
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -156,6 +159,20 @@ def test_an_upload_over_the_limit_without_a_declared_length_is_413_too(small: Ap
 def test_an_upload_of_exactly_the_limit_is_taken(small: Api) -> None:
     file_id = upload(small, "a.txt", b"x" * 3_000_000)["id"]
     assert small.http.delete(f"/v1/files/{file_id}").status_code == 200
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small file system")
+def test_an_upload_to_a_full_disk_is_507(
+    sqlite_url: str, make_settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m,nr_inodes=2", "tmpfs", str(tmp_path)], check=True)
+    try:
+        with serve(make_settings(database_url=sqlite_url, data_dir=tmp_path)) as api:
+            for _ in range(3):  # the first may still get its folder
+                answer = api.http.post("/v1/files", files={"file": ("a.txt", b"x")})
+                assert (answer.status_code, error_of(answer)["code"]) == (507, "insufficient_storage")
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
 
 def test_a_client_that_leaves_midway_leaves_nothing(small: Api) -> None:

@@ -52,7 +52,7 @@ class Upload:
         self._check: Check | None = None
 
     def begin(self, filename: str) -> None:
-        """Raises UnsupportedMedia for a format that no job reads."""
+        """Raises UnsupportedMedia for a format that no job reads, and InsufficientStorage."""
         name = re.sub(r"[\x00-\x1f\x7f]", "", filename.replace("\\", "/").rsplit("/", 1)[-1])[-255:]
         extension = extension_of(name)
         if extension not in EXTENSIONS:
@@ -61,8 +61,11 @@ class Upload:
             raise UnsupportedMedia(message, param="file", code="unsupported_format")
         self.filename = name
         self._check = check_for(extension)
-        self.settings.files_dir.mkdir(parents=True, exist_ok=True)
-        self._file = open(self._path, "wb")  # noqa: SIM115 (closed by keep or drop)
+        try:
+            self.settings.files_dir.mkdir(parents=True, exist_ok=True)
+            self._file = open(self._path, "wb")  # noqa: SIM115 (closed by keep or drop)
+        except OSError as error:
+            raise _storage(error) from error
 
     def write(self, chunk: bytes) -> None:
         """Raises TooLarge, Invalid (bad content) and InsufficientStorage."""
