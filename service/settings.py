@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from functools import lru_cache
 from pathlib import Path
 
@@ -97,10 +96,6 @@ class Settings(BaseSettings):
     @property
     def exports_dir(self) -> Path:
         return self.data_dir / "exports"
-
-    @property
-    def host_name(self) -> str:
-        return socket.gethostname()
 
 
 @lru_cache(maxsize=1)

@@ -74,6 +74,6 @@ def test_http_exceptions_stay_at_the_edge() -> None:
 
 
 @pytest.mark.parametrize("package", ["service", "worker"])
-def test_no_module_is_longer_than_400_lines(package: str) -> None:
+def test_no_module_is_longer_than_420_lines(package: str) -> None:
     lengths = {str(p.relative_to(ROOT)): len(p.read_text("utf-8").splitlines()) for p in (ROOT / package).rglob("*.py")}
     assert {name: n for name, n in lengths.items() if n > 420} == {}

@@ -117,10 +117,3 @@ class GenerateResponse(BaseModel):
     usage: GenerateUsage = Field(description="Token counts.")
     timings: GenerateTimings = Field(description="How long it took.")
     logprobs: list[TokenLogprob] | None = Field(description="One entry a token; null if not asked for.")
-
-
-class TokenEvent(BaseModel):
-    """Data of a `token` event."""
-
-    index: int = Field(description="Counts the events from 0.")
-    text: str = Field(description="New text: of one token or several, never part of a character.")
