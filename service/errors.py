@@ -98,8 +98,8 @@ class JobFailure(Exception):
     """A job's failure for a reason the user can act on.
 
     Codes: invalid_data, invalid_spec, model_not_found, dataset_not_found, adapter_not_found, out_of_memory,
-    insufficient_storage, worker_killed, worker_lost, parent_failed, verification_failed, hub_error, unsupported,
-    internal_error.
+    insufficient_storage, worker_killed, worker_lost, parent_failed, verification_failed, export_mismatch, hub_error,
+    unsupported, internal_error.
     """
 
     def __init__(self, code: str, message: str, rows: Sequence[Mapping[str, Any]] = (), *, retry: bool = False) -> None:
