@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass, field
 
 from redis.exceptions import RedisError
+from sqlalchemy.exc import OperationalError
 
 from service.db import Database
 from service.jobs import repository
@@ -27,11 +28,22 @@ class Report:
     enqueued: list[str] = field(default_factory=list)
 
 
+_away = float("-inf")  # when this process last found the database away (monotonic seconds)
+
+
 def reconcile(db: Database, queue: JobQueue, settings: Settings) -> Report:
     """Lost runs go back to the queue; children of failed jobs fail; queued jobs that the queue lacks are put there."""
+    global _away
     report = Report()
-    with db.read() as session:
-        lost = [(r.id, r.run_id) for r in repository.stale(session, time.time() - settings.heartbeat_timeout_seconds)]
+    try:
+        with db.read() as session:
+            before = time.time() - settings.heartbeat_timeout_seconds
+            lost = [(r.id, r.run_id) for r in repository.stale(session, before)]
+    except OperationalError:
+        _away = time.monotonic()
+        raise
+    if time.monotonic() - _away < settings.heartbeat_timeout_seconds:
+        lost = []  # no run could write a heartbeat while the database was away: give them time to
     for job_id, run_id in lost:
         reason = f"no heartbeat for {settings.heartbeat_timeout_seconds:g} s: its worker or host was lost"
         give_back(db, queue, settings, job_id, run_id, code="worker_lost", reason=reason, report=report)
@@ -53,27 +65,22 @@ def give_back(
     report: Report | None = None,
 ) -> None:  # fmt: skip
     """End a run that died: back to the queue with attempt + 1, or as it was asked to end, or failed for good."""
+    if run_id is None:
+        return
     with db.write() as session:
         row = repository.get(session, job_id)
-        if row is None or row.run_id != run_id or run_id is None:
+        if row is None or row.run_id != run_id:
             return
-        expect = [row.status]
-        error = {"code": code, "message": reason, "rows": []}
-        if row.control == "cancel":
-            repository.transition(session, job_id, expect, "cancelled", run_id=run_id, reason=reason)
-        elif row.control == "pause":
-            repository.transition(session, job_id, expect, "paused", run_id=run_id, reason=reason)
-        elif row.attempt >= settings.max_attempts:
-            error["message"] = f"attempt {row.attempt} of {settings.max_attempts}: {reason}"
-            repository.transition(session, job_id, expect, "failed", run_id=run_id, reason=reason, error=error)
-            if report:
-                report.failed.append(job_id)
+        if row.attempt >= settings.max_attempts:
+            message = f"attempt {row.attempt} of {settings.max_attempts}: {reason}"
+            error = {"code": code, "message": message, "rows": []}
+            ended = repository.end_run(session, job_id, run_id, "failed", reason=reason, error=error)
         else:
-            repository.transition(
-                session, job_id, expect, "queued", run_id=run_id, reason=reason, attempt=row.attempt + 1
-            )
-            if report:
-                report.requeued.append(job_id)
+            ended = repository.end_run(session, job_id, run_id, "queued", reason=reason, attempt=row.attempt + 1)
+    if ended is None:
+        return
+    if report:
+        (report.requeued if ended == "queued" else report.failed).append(job_id)
     after_end(db, queue, job_id)
 
 
@@ -107,8 +114,7 @@ def after_end(db: Database, queue: JobQueue, job_id: str) -> None:
             return
         status = row.status
         startable = status == "queued" and repository.is_ready(session, row)
-        ready = repository.ready_to_run(session) if status == "succeeded" else []
-        children = [j for j in ready if job_id in (repository.get(session, j) or row).after]
+        children = repository.ready_to_run(session, child_of=job_id) if status == "succeeded" else []
     if startable:
         queue.enqueue_soon(job_id)
     for child in children:

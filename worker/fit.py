@@ -17,6 +17,7 @@ from worker import model as models
 from worker import trainer as trainers
 from worker.data import Prepared
 from worker.files import folder_bytes, whole_folder
+from worker.optimizer import check_optimizer
 from worker.outcome import Ask, Context, Interrupted, Outcome, check
 from worker.verify_math import next_token_logprobs
 
@@ -101,9 +102,10 @@ def train_and_save(
         train_dataset=data.train,
         eval_dataset=data.eval,
         save_adapter=save_adapter,
+        fence=progress.asked,
         save_total_limit=spec.training.save_total_limit,
     )
-    groups = trainers.check_optimizer(trainer, spec)
+    groups = check_optimizer(trainer, spec)
     used = str(getattr(args.optim, "value", args.optim))
     progress.record(
         {

@@ -7,12 +7,14 @@ import math
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 from sqlalchemy import delete, select
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
 
 from service.db import Database
 from service.jobs import repository
@@ -24,6 +26,8 @@ from worker.outcome import Ask
 log = logging.getLogger("lorry.worker")
 POLL_SECONDS = 0.05  # at most this often a step asks SQL whether to pause or cancel
 PROGRESS_SECONDS = 1.0
+PERSIST_SECONDS = 120.0  # how long a run waits for a database that is away
+T = TypeVar("T")
 
 
 class SqlProgress:
@@ -60,9 +64,11 @@ class SqlProgress:
         self._event("log", {"message": message})
 
     def started(self) -> None:
-        with self.db.write() as session:
+        def write(session: Session) -> None:
             if not repository.transition(session, self.job_id, ["preparing"], "running", run_id=self.run_id):
                 raise Fenced(self.job_id)
+
+        persist(self.db, write)
 
     def steps(self, values: dict[str, Any]) -> None:
         last = values["step"] >= values["total_steps"]
@@ -72,23 +78,28 @@ class SqlProgress:
 
     def metrics(self, split: Literal["train", "eval"], step: int, point: dict[str, Any]) -> None:
         point = finite(point)
-        with self.db.write() as session:
+
+        def write(session: Session) -> None:
             repository.own(session, self.job_id, self.run_id)
             repository.put_metrics(session, self.job_id, [(split, step, point)])
             repository.add_event(session, self.job_id, "metrics", {"split": split, "step": step, **point})
 
+        persist(self.db, write)
+
     def resumed(self, step: int) -> None:
-        with self.db.write() as session:
+        message = f"resumed from the checkpoint of step {step}"
+
+        def write(session: Session) -> None:
             repository.own(session, self.job_id, self.run_id)
             repository.drop_metrics_after(session, self.job_id, step)
-            repository.add_event(
-                session, self.job_id, "log", {"message": f"resumed from the checkpoint of step {step}"}
-            )
+            repository.add_event(session, self.job_id, "log", {"message": message})
+
+        persist(self.db, write)
 
     def checkpoints(self, present: dict[int, dict[str, Any]]) -> None:
-        with self.db.write() as session:
-            job_adapter = session.scalar(select(JobRow.adapter).where(JobRow.id == self.job_id))
+        def write(session: Session) -> None:
             repository.own(session, self.job_id, self.run_id)
+            name = session.scalar(select(JobRow.adapter).where(JobRow.id == self.job_id))
             known = {row.step: row for row in repository.checkpoints(session, self.job_id)}
             gone = set(known) - set(present)
             if gone:
@@ -101,13 +112,17 @@ class SqlProgress:
                 session.merge(CheckpointRow(job_id=self.job_id, step=step, created_at=time.time(), **values))
                 session.flush()
                 data = {"step": step, "loss": values["loss"], "eval_loss": values["eval_loss"]}
-                repository.add_event(session, self.job_id, "checkpoint", {**data, "adapter": f"{job_adapter}@{step}"})
+                repository.add_event(session, self.job_id, "checkpoint", {**data, "adapter": f"{name}@{step}"})
+
+        persist(self.db, write)
 
     def record(self, values: dict[str, Any]) -> None:
-        with self.db.write() as session:
+        def write(session: Session) -> None:
             repository.own(session, self.job_id, self.run_id)
             row = session.get_one(RunRow, self.run_id)
             row.record = {**row.record, **finite(values)}
+
+        persist(self.db, write)
 
     def asked(self) -> Ask | None:
         if self._fenced:
@@ -115,10 +130,8 @@ class SqlProgress:
         now = time.monotonic()
         if now - self._polled >= POLL_SECONDS:
             self._polled = now
-            with self.db.read() as session:
-                row = session.execute(
-                    select(JobRow.run_id, JobRow.control).where(JobRow.id == self.job_id)
-                ).one_or_none()
+            query = select(JobRow.run_id, JobRow.control).where(JobRow.id == self.job_id)
+            row = persist(self.db, lambda session: session.execute(query).one_or_none(), write=False)
             if row is None or row[0] != self.run_id:
                 raise Fenced(self.job_id)
             self._control = row[1]
@@ -127,15 +140,20 @@ class SqlProgress:
         return "stop" if self.stopping else None
 
     def _event(self, type: str, data: dict[str, Any]) -> None:
-        with self.db.write() as session:
+        def write(session: Session) -> None:
             repository.own(session, self.job_id, self.run_id)
             repository.add_event(session, self.job_id, type, data)
 
+        persist(self.db, write)
+
     def _write_progress(self) -> None:
         self._written = time.monotonic()
-        with self.db.write() as session:
+
+        def write(session: Session) -> None:
             repository.own(session, self.job_id, self.run_id, progress=self._progress)
             repository.add_event(session, self.job_id, "progress", self._progress)
+
+        persist(self.db, write)
 
     def _beat(self) -> None:
         """Say that the run lives. A database out of reach is waited for; a run that lost its job ends at the next step."""
@@ -147,8 +165,25 @@ class SqlProgress:
                 log.error("job %s has another run now; this one stops", self.job_id)
                 self._fenced = True
                 return
-            except OperationalError as error:
+            except Exception as error:  # whatever it is, the next beat may get through
                 log.warning("heartbeat not written: %s", error)
+
+
+def persist(db: Database, action: Callable[[Session], T], *, write: bool = True, seconds: float = PERSIST_SECONDS) -> T:
+    """Do `action` in a session, again and again while the database is away, for `seconds`; a full disk is not waited for.
+
+    An hour of training must not end because the database was restarted.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            with db.write() if write else db.read() as session:
+                return action(session)
+        except OperationalError as error:
+            if "full" in str(error) or time.monotonic() > deadline:
+                raise
+            log.warning("database out of reach, trying again: %s", str(error).splitlines()[0])
+            time.sleep(1)
 
 
 def finite(data: Any) -> Any:

@@ -11,16 +11,19 @@ from typing import Any
 
 from redis import Redis
 from redis.exceptions import RedisError
-from rq import Queue, Worker
+from rq import Queue, Worker, worker_registration
 from rq.job import Job
+from sqlalchemy.exc import SQLAlchemyError
 
 from service.db import Database
 from service.jobs import repository
 from service.jobs.states import ACTIVE
+from service.logs import configure
 from service.migrate import is_current
 from service.queue import JobQueue, job_of
 from service.reconcile import give_back, reconcile
 from service.settings import Settings
+from worker.progress import persist
 
 log = logging.getLogger("lorry.worker")
 
@@ -35,6 +38,7 @@ class LorryWorker(Worker):  # type: ignore[misc, unused-ignore]
         self.settings = settings
         self.horse_status: int | None = None
         self.stop_deadline: float | None = None
+        self.reconciled = 0.0
         name = f"{socket.gethostname()}.{os.getpid()}.{os.urandom(3).hex()}"
         connection = Redis.from_url(settings.redis_url, health_check_interval=30)
         super().__init__(
@@ -44,7 +48,7 @@ class LorryWorker(Worker):  # type: ignore[misc, unused-ignore]
             default_result_ttl=0,
             # RQ's own time-outs are not used: SQL's heartbeats say who is alive. The TTL only bounds how long a dead
             # worker stays listed, and the monitoring interval how often a live child is looked at.
-            worker_ttl=90,
+            worker_ttl=30,
             job_monitoring_interval=5,
             **kwargs,
         )
@@ -53,8 +57,41 @@ class LorryWorker(Worker):  # type: ignore[misc, unused-ignore]
         self.horse_status = None
         try:
             return super().execute_job(job, queue)
+        except RedisError as error:
+            log.warning("the queue is out of reach: %s", error)  # the job's outcome is in SQL all the same
+            return None
         finally:
             self.settle(job_of(job.id))
+
+    def monitor_work_horse(self, job: Job, queue: Queue) -> None:
+        """Watch the child until it has ended, whatever becomes of the queue meanwhile."""
+        while True:
+            try:
+                super().monitor_work_horse(job, queue)
+                return
+            except RedisError as error:
+                log.warning("the queue is out of reach, the job goes on: %s", error)
+                if not self.horse_pid or self.horse_status is not None:
+                    return  # the child has ended; what failed was the queue's record of it
+                time.sleep(1)
+
+    def heartbeat(self, timeout: int | None = None, pipeline: Any = None) -> None:
+        super().heartbeat(timeout, pipeline)
+        worker_registration.register(self, pipeline)  # again: a queue server that lost its data forgot this worker
+        self.reconcile()
+
+    def reconcile(self) -> None:
+        """Compare SQL with the queue now and then; the API does the same, but it may be down."""
+        if self.is_horse or time.monotonic() - self.reconciled < self.settings.reconcile_seconds:
+            return
+        self.reconciled = time.monotonic()
+        db = Database(self.settings.sqlalchemy_url)  # one for each pass: nothing of it may cross a fork
+        try:
+            reconcile(db, JobQueue(self.settings.redis_url, self.settings.queue), self.settings)
+        except SQLAlchemyError as error:
+            log.warning("could not reconcile: %s", error)
+        finally:
+            db.dispose()
 
     def wait_for_horse(self) -> Any:
         if self.stop_deadline and time.monotonic() > self.stop_deadline:
@@ -71,8 +108,7 @@ class LorryWorker(Worker):  # type: ignore[misc, unused-ignore]
         """If the child left its job unfinished it died: say why, and give the job back."""
         db, queue = Database(self.settings.sqlalchemy_url), JobQueue(self.settings.redis_url, self.settings.queue)
         try:
-            with db.read() as session:
-                row = repository.get(session, job_id)
+            row = persist(db, lambda session: repository.get(session, job_id), write=False)
             if row is not None and row.status in ACTIVE and row.worker == self.name:
                 give_back(
                     db,
@@ -117,7 +153,7 @@ def describe(status: int | None) -> str:
 def main() -> None:
     """`lorry worker`: run until told to stop. SIGTERM and SIGINT let the running job checkpoint and go back to the queue."""
     settings = Settings()
-    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    configure(settings.log_level)
     if not is_current(settings.sqlalchemy_url):
         raise SystemExit("the database is not at the newest revision: run `lorry migrate`")
     wait_for_queue(settings)
@@ -125,7 +161,7 @@ def main() -> None:
     reconcile(db, JobQueue(settings.redis_url, settings.queue), settings)
     db.dispose()  # nothing of it may cross the fork
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # inherited by the child, until it can act on it
-    LorryWorker(settings).work(with_scheduler=False, logging_level=settings.log_level)
+    LorryWorker(settings).work(with_scheduler=False, logging_level=settings.log_level.upper())
 
 
 def wait_for_queue(settings: Settings, seconds: float = 60) -> None:

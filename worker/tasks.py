@@ -28,13 +28,14 @@ from service.files import service as files
 from service.ids import new_id
 from service.jobs import repository
 from service.jobs.repository import Fenced
+from service.jobs.states import Status
 from service.models import AdapterRow, ArtifactRow, FileRow, JobRow, RunRow
 from service.queue import JobQueue
 from service.reconcile import after_end
 from service.settings import Settings
 from service.specs import CptSpec, ExportSpec, IftSpec, parse_spec
 from worker.outcome import Context, Interrupted, Outcome, Paths
-from worker.progress import SqlProgress, finite, tail
+from worker.progress import SqlProgress, finite, persist, tail
 
 log = logging.getLogger("lorry.worker")
 # What torch, safetensors and SQLite say in exceptions that are no MemoryError and no OSError.
@@ -58,17 +59,20 @@ def run_job(job_id: str) -> None:
     with log_to(run_dir / "log.txt"), stop_on_signal(progress):
         log.info("job %s attempt %d run %s", job_id, row.attempt, run_id)
         try:
-            with progress:
-                outcome = execute(db, queue, settings, row, progress)
-            finish(db, settings, row, run_id, outcome)
+            try:
+                with progress:
+                    outcome = execute(db, queue, settings, row, progress)
+                finish(db, row, run_id, outcome)
+            except Interrupted as interrupted:
+                finish(db, row, run_id, Outcome(interrupted.ask))
+            except Fenced:
+                raise
+            except BaseException as error:
+                traceback.print_exc()
+                fail(db, settings, row, run_id, classify(error))
         except Fenced:
             log.error("job %s belongs to another run now; nothing more is written", job_id)
             return
-        except Interrupted as interrupted:
-            finish(db, settings, row, run_id, Outcome(interrupted.ask))
-        except BaseException as error:
-            traceback.print_exc()
-            fail(db, settings, row, run_id, classify(error))
     after_end(db, queue, job_id)
 
 
@@ -91,11 +95,15 @@ def execute(db: Database, queue: JobQueue, settings: Settings, row: JobRow, prog
             file = files.file_path(settings, upload).absolute()
     base_name = parent.base if isinstance(spec, ExportSpec) and parent else spec.model.name  # type: ignore[union-attr]
     base = resolve(base_name or settings.base_model, settings)
-    out_root = settings.exports_dir if isinstance(spec, ExportSpec) else settings.adapters_dir
+    # An adapter's folder is its run's own: a run that was taken for dead and wakes up cannot touch what its successor made.
+    exports, ours = settings.exports_dir / row.id, settings.adapters_dir / f"{row.id}.{progress.run_id[-8:]}"
     paths = Paths(
-        run_dir=settings.job_dir(row.id).absolute(), out_dir=(out_root / row.id).absolute(), base=base, file=file,
+        run_dir=settings.job_dir(row.id).absolute(),
+        out_dir=(exports if isinstance(spec, ExportSpec) else ours).absolute(),
+        base=base,
+        file=file,
         parent=parent.path if parent else None,
-    )  # fmt: skip
+    )
     paths.out_dir.parent.mkdir(parents=True, exist_ok=True)
     revision = None if isinstance(spec, ExportSpec) else spec.model.revision
     about = {
@@ -138,69 +146,52 @@ def hub_token(queue: JobQueue, job_id: str) -> str | None:
     return os.environ.get("HF_TOKEN") or None
 
 
-def finish(db: Database, settings: Settings, row: JobRow, run_id: str, outcome: Outcome) -> None:
+ENDS: dict[str, tuple[Status, str]] = {
+    "cancel": ("cancelled", "cancelled by a client"),
+    "pause": ("paused", "paused by a client"),
+    "stop": ("queued", "its worker was told to stop"),
+}
+
+
+def finish(db: Database, row: JobRow, run_id: str, outcome: Outcome) -> None:
     """Store how a run ended, with its adapter and artifacts, in one transaction. Raises Fenced."""
-    with db.write() as session:
-        match outcome.ended:
-            case "done":
-                moved = repository.transition(
-                    session, row.id, ["running"], "succeeded", run_id=run_id, result=finite(outcome.result)
-                )
-                if moved and row.kind != "export":
-                    values = {**finite(outcome.adapter), "ready": True}
-                    session.execute(update(AdapterRow).where(AdapterRow.job_id == row.id).values(**values))
-                for artifact in outcome.artifacts if moved else ():
-                    session.merge(ArtifactRow(job_id=row.id, **artifact))
-            case "cancel":
-                moved = repository.transition(
-                    session,
-                    row.id,
-                    ["preparing", "running"],
-                    "cancelled",
-                    run_id=run_id,
-                    reason="cancelled by a client",
-                )
-            case "pause":
-                moved = repository.transition(
-                    session, row.id, ["preparing", "running"], "paused", run_id=run_id, reason="paused by a client"
-                )
-            case "stop":
-                moved = repository.transition(
-                    session,
-                    row.id,
-                    ["preparing", "running"],
-                    "queued",
-                    run_id=run_id,
-                    reason="its worker was told to stop",
-                )
-    if not moved:
+
+    def write(session: Session) -> Status | None:
+        if outcome.ended != "done":
+            to, reason = ENDS[outcome.ended]
+            return repository.end_run(session, row.id, run_id, to, reason=reason)
+        ended = repository.end_run(session, row.id, run_id, "succeeded", result=finite(outcome.result))
+        if ended and row.kind != "export":
+            values = {**finite(outcome.adapter), "ready": True}
+            session.execute(update(AdapterRow).where(AdapterRow.job_id == row.id).values(**values))
+        for artifact in outcome.artifacts if ended else ():
+            session.merge(ArtifactRow(job_id=row.id, **artifact))
+        return ended
+
+    if persist(db, write) is None:
         raise Fenced(row.id)
 
 
 def fail(db: Database, settings: Settings, row: JobRow, run_id: str, failure: JobFailure) -> None:
-    """Store a failure: for good, or back to the queue if another attempt may help and one is left."""
+    """Store a failure: for good, or back to the queue if another attempt may help and one is left. Raises Fenced."""
     error = failure.body()
     lines = tail(settings.job_dir(row.id) / "log.txt")
-    with db.write() as session:
+    again = failure.retry and row.attempt < settings.max_attempts
+    if failure.retry and not again:
+        error["message"] = f"attempt {row.attempt} of {settings.max_attempts}: {failure.message}"
+
+    def write(session: Session) -> Status | None:
         run = session.get(RunRow, run_id)
         if run is not None:
             run.record = {**run.record, "log_tail": lines}
-        if failure.retry and row.attempt < settings.max_attempts:
-            repository.transition(
-                session,
-                row.id,
-                ["preparing", "running"],
-                "queued",
-                run_id=run_id,
-                reason=failure.message,
-                attempt=row.attempt + 1,
+        if again:
+            return repository.end_run(
+                session, row.id, run_id, "queued", reason=failure.message, attempt=row.attempt + 1
             )
-            return
-        if failure.retry:
-            error["message"] = f"attempt {row.attempt} of {settings.max_attempts}: {failure.message}"
-        repository.transition(
-            session, row.id, ["preparing", "running"], "failed", run_id=run_id, reason=failure.message, error=error
-        )
+        return repository.end_run(session, row.id, run_id, "failed", reason=failure.message, error=error)
+
+    if persist(db, write) is None:
+        raise Fenced(row.id)
 
 
 def classify(error: BaseException) -> JobFailure:

@@ -17,17 +17,16 @@ from transformers import (
     TrainerCallback,
     TrainerControl,
     TrainerState,
-    TrainingArguments,
 )
 from unsloth import UnslothTrainer, UnslothTrainingArguments, is_bfloat16_supported
 
 from service.errors import JobFailure
 from service.specs import CptSpec, IftSpec
 from worker.files import folder_bytes, replace_folder, write_json
-from worker.model import EMBEDDINGS, load_weights, on_gpu
+from worker.model import load_weights, on_gpu
 from worker.outcome import Ask, Interrupted, Progress
 
-PENDING = "lorry_trainer.json"
+PENDING, STAGING = "lorry_trainer.json", ".staging"
 SaveAdapter = Callable[[Path, int], None]  # (folder, step): write the adapter as it is now
 
 
@@ -59,6 +58,7 @@ def training_arguments(
         eval_steps=t.eval_steps if has_eval else None,
         eval_on_start=has_eval and not resuming,
         save_strategy="steps",
+        restore_callback_states_from_checkpoint=True,  # or early stopping would count its patience anew
         save_steps=t.save_steps,
         load_best_model_at_end=t.keeps_best,
         metric_for_best_model="eval_loss" if has_eval else None,
@@ -83,9 +83,14 @@ def training_arguments(
 class LorryTrainer(UnslothTrainer):  # type: ignore[misc, unused-ignore]
     """UnslothTrainer with whole checkpoints, float32 trainable weights and an evaluation that computes the loss only."""
 
-    def __init__(self, *, save_adapter: SaveAdapter, save_total_limit: int, **kwargs: Any) -> None:
+    def __init__(
+        self, *, save_adapter: SaveAdapter, fence: Callable[[], Any], save_total_limit: int, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.save_adapter = save_adapter
+        self.fence = fence  # raises Fenced if another run has the job and writes to the same folder
+        self.evaluation_due = False  # the step's evaluation was interrupted
+        self.staging = Path(self.args.output_dir) / f"{STAGING}.{os.urandom(4).hex()}"
         self.keep = save_total_limit
         self.tokens = torch.zeros((), dtype=torch.long, device=self.args.device)  # on the device: no sync per step
         # TRL casts the trainable weights of a 4-bit model to bfloat16, where a step of 1e-5 on an embedding is lost to
@@ -113,11 +118,10 @@ class LorryTrainer(UnslothTrainer):  # type: ignore[misc, unused-ignore]
         """Write the checkpoint beside its place, sync, rename, then delete the oldest beyond the limit."""
         final_root = self.args.output_dir
         name = f"checkpoint-{self.state.global_step}"
-        target, staging_root = Path(final_root) / name, Path(final_root) / ".staging"
+        target, staging_root = Path(final_root) / name, self.staging
         shutil.rmtree(staging_root, ignore_errors=True)
         self.state.num_input_tokens_seen = int(self.tokens)
-        if self.state.best_global_step == self.state.global_step:
-            self.state.best_model_checkpoint = str(target)
+        self._point_to_best(target)
         # The base class writes below args.output_dir and rotates there; with one checkpoint in it, it rotates nothing.
         self.args.output_dir = str(staging_root)
         best = self.state.best_model_checkpoint
@@ -129,8 +133,13 @@ class LorryTrainer(UnslothTrainer):  # type: ignore[misc, unused-ignore]
         self.state.save_to_json(str(staging_root / name / "trainer_state.json"))
         # The running mean of the loss since the last logged point: without it the first point after a resume would
         # average over fewer steps than an uninterrupted run's.
-        pending = {"loss_sum": self._tr_loss.item(), "last_logged_step": self._globalstep_last_logged}
+        pending = {
+            "loss_sum": self._tr_loss.item(),
+            "last_logged_step": self._globalstep_last_logged,
+            "evaluation_due": self.evaluation_due,
+        }
         write_json(staging_root / name / PENDING, pending)
+        self.fence()
         replace_folder(staging_root / name, target)
         shutil.rmtree(staging_root, ignore_errors=True)
         steps = sorted(checkpoints_in(Path(final_root)))
@@ -139,18 +148,39 @@ class LorryTrainer(UnslothTrainer):  # type: ignore[misc, unused-ignore]
         ]:
             shutil.rmtree(Path(final_root) / f"checkpoint-{step}")
 
+    def _point_to_best(self, newest: Path) -> None:
+        """Set the best checkpoint's folder in the state: `newest`, about to be there, or one that is."""
+        best = newest.with_name(f"checkpoint-{self.state.best_global_step}")
+        if self.state.best_global_step and (best == newest or best.is_dir()):
+            self.state.best_model_checkpoint = str(best)
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> Any:
+        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        if skip_scheduler and self.state.global_step:
+            # The evaluation that a pause interrupted, made up for at the start of the resumed run.
+            self.evaluation_due = False
+            self._determine_best_metric(metrics, trial)
+            self._point_to_best(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+        return metrics
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load the trainable matrices, embeddings included; every tensor must find its place."""
         load_weights(self.model, trainable_part(Path(resume_from_checkpoint)))
 
     def restore_pending_loss(self, checkpoint: Path) -> None:
         """Go on with the loss summed since the last logged point before `checkpoint`."""
-        pending = json.loads((checkpoint / PENDING).read_text())
+        pending = read_pending(checkpoint)
         self._tr_loss.fill_(pending["loss_sum"])
         self._globalstep_last_logged = pending["last_logged_step"]
 
     def _load_best_model(self) -> None:
         load_weights(self.model, trainable_part(Path(self.state.best_model_checkpoint)))
+
+
+def read_pending(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint left for the resumed run: loss_sum, last_logged_step, evaluation_due."""
+    pending: dict[str, Any] = json.loads((checkpoint / PENDING).read_text())
+    return pending
 
 
 def trainable_part(folder: Path) -> Path:
@@ -273,49 +303,6 @@ class Reporter(TrainerCallback):  # type: ignore[misc, unused-ignore]
             control.should_save = control.should_training_stop = True
 
 
-def check_optimizer(trainer: LorryTrainer, spec: CptSpec | IftSpec) -> list[dict[str, Any]]:
-    """Assert what each optimiser group holds and at which rate; mark the embeddings' groups; return what to record.
-
-    Raises JobFailure if embed_tokens or lm_head would train at the wrong rate or not at all, or if a trainable
-    parameter is in no group.
-    """
-    trainer.create_optimizer()
-    names = {id(p): n for n, p in trainer.model.named_parameters() if p.requires_grad}
-    seen: set[int] = set()
-    groups = []
-    for group in trainer.optimizer.param_groups:
-        if not group["params"]:
-            continue  # transformers keeps an empty group for weights without decay
-        members = [names.get(id(p)) for p in group["params"]]
-        seen |= {id(p) for p in group["params"]}
-        embeddings = {e for e in EMBEDDINGS for n in members if n and f".{e}.modules_to_save." in n}
-        lora = [n for n in members if n and ".lora_" in n]
-        if None in members or (embeddings and lora):
-            raise JobFailure(
-                "internal_error", "an optimiser group mixes embeddings and LoRA matrices, or holds a frozen weight"
-            )
-        want = spec.training.embedding_learning_rate if embeddings else spec.training.learning_rate
-        if group["lr"] != want:
-            raise JobFailure("internal_error", f"an optimiser group has learning rate {group['lr']}, not {want}")
-        group["lorry_embeddings"] = bool(embeddings)
-        groups.append(
-            {
-                "learning_rate": want,
-                "weight_decay": group["weight_decay"],
-                "tensors": len(members),
-                "parameters": sum(p.numel() for p in group["params"]),
-                "modules": sorted(embeddings) or sorted({n.split(".lora_")[0].rsplit(".", 1)[-1] for n in lora}),
-                "dtype": str(group["params"][0].dtype).removeprefix("torch."),
-            }
-        )
-    found = {m for g in groups for m in g["modules"]}
-    if spec.lora.train_embeddings and not set(EMBEDDINGS) <= found:
-        raise JobFailure("internal_error", f"train_embeddings: only {sorted(found & set(EMBEDDINGS))} would be trained")
-    if seen != set(names):
-        raise JobFailure("internal_error", "a trainable weight is in no optimiser group")
-    return groups
-
-
 def check_packing(spec: CptSpec | IftSpec) -> None:
     """Raise JobFailure if packing was demanded where no exact kernel is wired up; 'auto' falls back to padded rows."""
     if spec.training.packing is True:
@@ -327,7 +314,8 @@ def check_packing(spec: CptSpec | IftSpec) -> None:
 
 def train(trainer: LorryTrainer, spec: CptSpec | IftSpec, progress: Progress, checkpoints: Path) -> Ask | None:
     """Train from the newest whole checkpoint, or from the start. Returns what ended it early, after a checkpoint, or None."""
-    shutil.rmtree(checkpoints / ".staging", ignore_errors=True)
+    for leftover in checkpoints.glob(f"{STAGING}.*"):
+        shutil.rmtree(leftover, ignore_errors=True)
     if spec.training.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(spec.training.early_stopping_patience))
     present = checkpoints_in(checkpoints)
@@ -337,9 +325,11 @@ def train(trainer: LorryTrainer, spec: CptSpec | IftSpec, progress: Progress, ch
     if last is not None:
         progress.checkpoints(describe_checkpoints(checkpoints))
         progress.resumed(last)
+        trainer.args.eval_on_start = read_pending(present[last])["evaluation_due"]
     try:
         trainer.train(resume_from_checkpoint=str(present[last]) if last is not None else None)
     except Interrupted:
+        trainer.evaluation_due = True
         if trainer.state.global_step and trainer.state.global_step not in checkpoints_in(checkpoints):
             trainer._save_checkpoint(trainer.model, None)
             reporter.on_save(trainer.args, trainer.state, trainer.control)
@@ -369,14 +359,3 @@ def final_losses(trainer: LorryTrainer) -> dict[str, Any]:
 
 def is_resuming(checkpoints: Path) -> bool:
     return bool(checkpoints_in(checkpoints))
-
-
-__all__ = [
-    "LorryTrainer",
-    "TrainingArguments",
-    "check_optimizer",
-    "final_losses",
-    "is_resuming",
-    "train",
-    "training_arguments",
-]

@@ -116,6 +116,29 @@ def transition(
     return True
 
 
+def end_run(
+    session: Session, job_id: str, run_id: str, to: Status, *, reason: str | None = None, attempt: int | None = None,
+    **values: Any,
+) -> Status | None:  # fmt: skip
+    """End a live run as `to`; returns the state the job really went to, or None if the run no longer owns it.
+
+    What a client was promised meanwhile holds: a cancel outweighs a pause and going back to the queue, a pause
+    outweighs going back. `attempt` is the job's next one, used if it goes back.
+    """
+    # Locked, so that a client's request falls either before this look or after the move, where it is refused.
+    live = select(JobRow).where(JobRow.id == job_id, JobRow.run_id == run_id, JobRow.status.in_(ACTIVE))
+    row = session.scalar(live.with_for_update().execution_options(populate_existing=True))
+    if row is None:
+        return None
+    if to in ("queued", "paused") and row.control == "cancel":
+        to, reason = "cancelled", "cancelled by a client"
+    elif to == "queued" and row.control == "pause":
+        to, reason = "paused", "paused by a client"
+    if to == "queued" and attempt is not None:
+        values["attempt"] = attempt
+    return to if transition(session, job_id, [row.status], to, run_id=run_id, reason=reason, **values) else None
+
+
 def claim(session: Session, job_id: str, run_id: str, worker: str) -> JobRow | None:
     """Take a queued job for a run: queued → preparing. None if it is not queued (done, cancelled, or taken)."""
     now = time.time()
@@ -219,12 +242,12 @@ def adapter_name(session: Session, job_id: str) -> str | None:
     return session.scalar(select(AdapterRow.name).where(AdapterRow.job_id == job_id))
 
 
-def ready_to_run(session: Session) -> list[str]:
-    """Ids of queued jobs all of whose parents succeeded, oldest first."""
+def ready_to_run(session: Session, *, child_of: str | None = None) -> list[str]:
+    """Ids of queued jobs all of whose parents succeeded, oldest first; with `child_of`, only that job's children."""
     rows = session.execute(select(JobRow.id, JobRow.after).where(JobRow.status == "queued").order_by(JobRow.id)).all()
     parents = {p for _, after in rows for p in after}
     done = set(session.scalars(select(JobRow.id).where(JobRow.id.in_(parents), JobRow.status == "succeeded")))
-    return [job_id for job_id, after in rows if set(after) <= done]
+    return [job_id for job_id, after in rows if set(after) <= done and (child_of is None or child_of in after)]
 
 
 def is_ready(session: Session, row: JobRow) -> bool:

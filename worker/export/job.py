@@ -81,6 +81,7 @@ def run(spec: ExportSpec, context: Context) -> Outcome:
             "files": list_files(folder),
         }
         write_json(folder / "manifest.json", manifest)
+        progress.asked()  # raises Fenced: another run may have made the folder that this one would replace
     result = {
         "format": spec.format,
         "adapter": spec.adapter,

@@ -1,0 +1,52 @@
+"""What the optimiser trains at which rate: asserted before the first step, and put into the run's record."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from service.errors import JobFailure
+from service.specs import CptSpec, IftSpec
+from worker.model import EMBEDDINGS
+
+
+def check_optimizer(trainer: Any, spec: CptSpec | IftSpec) -> list[dict[str, Any]]:
+    """Assert what each optimiser group holds and at which rate; mark the embeddings' groups; return what to record.
+
+    Raises JobFailure if embed_tokens or lm_head would train at the wrong rate or not at all, or if a trainable
+    parameter is in no group.
+    """
+    trainer.create_optimizer()
+    names = {id(p): n for n, p in trainer.model.named_parameters() if p.requires_grad}
+    seen: set[int] = set()
+    groups = []
+    for group in trainer.optimizer.param_groups:
+        if not group["params"]:
+            continue  # transformers keeps an empty group for weights without decay
+        members = [names.get(id(p)) for p in group["params"]]
+        seen |= {id(p) for p in group["params"]}
+        embeddings = {e for e in EMBEDDINGS for n in members if n and f".{e}.modules_to_save." in n}
+        lora = [n for n in members if n and ".lora_" in n]
+        if None in members or (embeddings and lora):
+            raise JobFailure(
+                "internal_error", "an optimiser group mixes embeddings and LoRA matrices, or holds a frozen weight"
+            )
+        want = spec.training.embedding_learning_rate if embeddings else spec.training.learning_rate
+        if group["lr"] != want:
+            raise JobFailure("internal_error", f"an optimiser group has learning rate {group['lr']}, not {want}")
+        group["lorry_embeddings"] = bool(embeddings)
+        groups.append(
+            {
+                "learning_rate": want,
+                "weight_decay": group["weight_decay"],
+                "tensors": len(members),
+                "parameters": sum(p.numel() for p in group["params"]),
+                "modules": sorted(embeddings) or sorted({n.split(".lora_")[0].rsplit(".", 1)[-1] for n in lora}),
+                "dtype": str(group["params"][0].dtype).removeprefix("torch."),
+            }
+        )
+    found = {m for g in groups for m in g["modules"]}
+    if spec.lora.train_embeddings and not set(EMBEDDINGS) <= found:
+        raise JobFailure("internal_error", f"train_embeddings: only {sorted(found & set(EMBEDDINGS))} would be trained")
+    if seen != set(names):
+        raise JobFailure("internal_error", "a trainable weight is in no optimiser group")
+    return groups
