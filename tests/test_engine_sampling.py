@@ -36,7 +36,9 @@ def test_temperature_zero_takes_the_likeliest() -> None:
     assert [s.token_id for s in found] == rows.argmax(-1).tolist()
 
 
-@pytest.mark.parametrize("params", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"temperature": 1e-4}, {"temperature": 1e-38}])
+@pytest.mark.parametrize(
+    "params", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"temperature": 1e-4}, {"temperature": 1e-38}]
+)
 def test_the_narrowest_settings_are_greedy(params: dict[str, Any]) -> None:
     row = logits()
     assert set(draws(50, row, **params)) == {int(row.argmax())}
