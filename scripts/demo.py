@@ -377,8 +377,8 @@ def demo(service: Service, loss_svg: Path) -> None:
         job = follow(api, job_id, f"export {format}")
         report = job["result"]["verification"]
         console.print(
-            f"  {job['result']['bytes'] / 1e6:,.0f} MB; read back and compared with the adapter: "
-            f"mean KL {report['mean_kl']:.2g}, the same likeliest token at {report['greedy_agreement']:.1%} of places"
+            f"  {job['result']['bytes'] / 1e6:,.0f} MB; read back: mean KL {report['mean_kl']:.2g} from the adapter, "
+            f"same likeliest token at {report['greedy_agreement']:.1%}"
         )
     console.print()
     service.wait_for("engine")
@@ -407,7 +407,7 @@ from openai import OpenAI
 client = OpenAI(base_url="{service.url}/v1", api_key="none")
 messages = [{{"role": "user", "content": "What does str.partition do?"}}]
 for chunk in client.chat.completions.create(model="pydocs-qa", messages=messages, stream=True):
-    print(chunk.choices[0].delta.content if chunk.choices else "", end="", flush=True)
+    print(chunk.choices and chunk.choices[0].delta.content or "", end="", flush=True)
 END
 """
 
