@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, create_engine, event
+from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.orm import Session, sessionmaker
 
+_IDLE_SECONDS = 5.0  # a connection idle for longer is tested before it is used
 _BUSY_SECONDS = 30  # how long a writer waits for SQLite's lock
 
 
@@ -23,12 +26,14 @@ class Database:
         self.sqlite = parsed.get_backend_name() == "sqlite"
         if self.sqlite and parsed.database and parsed.database != ":memory:":
             Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-        kwargs: dict[str, Any] = {"pool_size": pool_size, "max_overflow": 20, "pool_pre_ping": not self.sqlite}
+        kwargs: dict[str, Any] = {"pool_size": pool_size, "max_overflow": 20}
         if self.sqlite:
             kwargs["connect_args"] = {"timeout": _BUSY_SECONDS, "check_same_thread": False}
         self.engine = create_engine(url, **kwargs)
         if self.sqlite:
             _prepare_sqlite(self.engine)
+        else:
+            _ping_idle_connections(self.engine)
         # expire_on_commit off: rows are handed out after the commit and read without another query.
         self._read = sessionmaker(self.engine, expire_on_commit=False)
         self._write = sessionmaker(self.engine.execution_options(lorry_write=True), expire_on_commit=False)
@@ -62,6 +67,26 @@ class Database:
 
     def dispose(self) -> None:
         self.engine.dispose()
+
+
+def _ping_idle_connections(engine: Engine) -> None:
+    """Test a pooled connection that has been idle for a while before it is used again.
+
+    pool_pre_ping would test every one every time, a round trip more for each session.
+    """
+
+    @event.listens_for(engine, "checkin")
+    def _checkin(connection: Any, record: Any) -> None:
+        record.info["idle_since"] = time.monotonic()
+
+    @event.listens_for(engine, "checkout")
+    def _checkout(connection: Any, record: Any, proxy: Any) -> None:
+        if time.monotonic() - record.info.get("idle_since", float("inf")) < _IDLE_SECONDS:
+            return
+        try:
+            engine.dialect.do_ping(connection)
+        except engine.dialect.loaded_dbapi.Error as error:
+            raise DisconnectionError from error  # the pool throws it away and opens another
 
 
 def _prepare_sqlite(engine: Any) -> None:
