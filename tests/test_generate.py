@@ -264,11 +264,12 @@ def test_a_full_queue_is_503_and_a_client_that_leaves_frees_its_place(
 ) -> None:
     scheduler = stack.engine.engine.scheduler
     forward = stack.engine.engine.runner.forward
-    monkeypatch.setattr(stack.engine.engine.runner, "forward", lambda step: (time.sleep(0.02), forward(step))[1])
-    body = {"prompt": "x", "max_new_tokens": 240, "stream": True, "temperature": 1.0}
+    # Steps so slow that none of the eight is done before the last has come; greedy, so that none meets its end by chance.
+    monkeypatch.setattr(stack.engine.engine.runner, "forward", lambda step: (time.sleep(0.2), forward(step))[1])
+    body = {"prompt": "x", "max_new_tokens": 240, "stream": True, "temperature": 0}
     with httpx.Client(base_url=stack.api.url, timeout=30) as clients:
         open_ = [clients.send(clients.build_request("POST", "/generate", json=body), stream=True) for _ in range(8)]
-        until(lambda: len(scheduler.running) == 4 and len(scheduler.waiting) == 4)
+        until(lambda: len(scheduler.running) == 4 and len(scheduler.waiting) == 4, 30)
         found = error(stack, 503, prompt="x")
         assert found["code"] == "queue_full"
         assert int(found["retry"]) >= 1
