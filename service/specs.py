@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, model_validator
 
 # transformers.training_args.OptimizerNames and trainer_utils.SchedulerType, 5.17 (a test compares them), less those
 # that need more arguments or packages than a spec can carry.
@@ -21,7 +21,14 @@ Optimizer = Literal[
 Scheduler = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
 ]  # fmt: skip
+# llama-quantize's names in lower case (worker/export/gguf.py has what each of them is), and those a LoRA can be stored in.
+GGUF_METHODS = (
+    "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1", "q4_0",
+    "q3_k_l", "q3_k_m", "q3_k_s", "q2_k", "iq4_nl", "iq4_xs",
+)  # fmt: skip
+GGUF_LORA_METHODS = ("f32", "f16", "bf16", "q8_0")
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMG]?)B", re.IGNORECASE)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
 
@@ -325,23 +332,73 @@ class IftSpec(TrainSpec):
         return self
 
 
+def _methods(value: Any) -> Any:
+    """A name alone is a list of one; names are taken in either case."""
+    value = [value] if isinstance(value, str) else value
+    return [v.lower() if isinstance(v, str) else v for v in value] if isinstance(value, list) else value
+
+
 class ExportSpec(JobSpec):
     """Write an adapter in a form other tools load."""
 
     kind: Literal["export"] = Field(description="Export.")
     adapter: AdapterRef = Field(description="Adapter to export, or name@step.")
     format: Literal["lora", "merged_16bit", "merged_4bit", "gguf"] = Field(
-        "lora", description="lora: PEFT folder; merged_16bit: a transformers model."
+        "lora",
+        description="lora: PEFT folder; merged_16bit: a transformers model; merged_4bit: one in bitsandbytes NF4; "
+        "gguf: files for llama.cpp and Ollama.",
     )
-    quantization_method: str | None = Field(None, description="GGUF only, e.g. q4_k_m.")
+    quantization_method: Annotated[list[str] | None, BeforeValidator(_methods)] = Field(
+        None,
+        description=f"Types of the GGUF files, one or several: {', '.join(GGUF_METHODS)}. Default for gguf: q8_0. "
+        f"With lora: also write the adapter as GGUF LoRA, in {', '.join(GGUF_LORA_METHODS)}.",
+        json_schema_extra={
+            "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}]
+        },
+    )
+    base: str | None = Field(
+        None,
+        min_length=1,
+        description="For merged formats and gguf: the 16-bit original (folder or hub id) to merge into, instead of the "
+        "dequantised 4-bit base that was trained against. Architecture and shapes must be the same.",
+    )
+    max_shard_size: str = Field(
+        "5GB", description="Largest safetensors file of a merged model, e.g. '500MB' or '5GB' (powers of ten)."
+    )
     verify: bool = Field(
-        True, description="Reload the result and compare its next-token distributions with the live adapter's."
+        True, description="Read the result back with the tool that will load it and compare it with the live adapter."
     )
+
+    @property
+    def methods(self) -> list[str]:
+        """The GGUF types to write; empty if none."""
+        return self.quantization_method or (["q8_0"] if self.format == "gguf" else [])
+
+    @property
+    def shard_bytes(self) -> int:
+        """max_shard_size in bytes."""
+        number, unit = _SIZE.fullmatch(self.max_shard_size).groups()  # type: ignore[union-attr]  # checked when made
+        return int(float(number) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[unit.upper()])
 
     @model_validator(mode="after")
     def _check_export(self) -> Self:
-        if self.quantization_method is not None and self.format != "gguf":
-            raise ValueError("quantization_method: only for format gguf")
+        methods = self.quantization_method
+        if methods is not None:
+            known = {"gguf": GGUF_METHODS, "lora": GGUF_LORA_METHODS}.get(self.format)
+            if known is None:
+                raise ValueError(f"quantization_method: only for format gguf or lora, not for {self.format}")
+            if not methods:
+                raise ValueError("quantization_method: an empty list")
+            for method in methods:
+                if method not in known:
+                    what = "a GGUF LoRA" if self.format == "lora" else "gguf"
+                    raise ValueError(f"quantization_method: {method!r} is none of those of {what}: {', '.join(known)}")
+            if len(set(methods)) != len(methods):
+                raise ValueError("quantization_method: a type stands twice")
+        if self.base is not None and self.format == "lora":
+            raise ValueError("base: only for merged formats and gguf; a LoRA is not merged into anything")
+        if not _SIZE.fullmatch(self.max_shard_size) or self.shard_bytes < 1_000_000:
+            raise ValueError("max_shard_size: a number with KB, MB or GB, at least 1MB, e.g. '500MB'")
         return self
 
 
