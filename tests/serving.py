@@ -134,7 +134,7 @@ def serve_engine(settings: Settings) -> Iterator[EngineServer]:
         thread.join(20)
 
 
-def until(condition: Any, seconds: float = 10.0) -> None:
+def until(condition: Any, seconds: float = 60.0) -> None:
     """Wait for a condition; fails if it does not come true in time."""
     deadline = time.monotonic() + seconds
     while not condition():

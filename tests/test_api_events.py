@@ -15,6 +15,7 @@ import httpx
 from service.jobs import repository
 from service.jobs.events import POLL_SECONDS
 from tests.conftest import Api
+from tests.serving import until
 from tests.steps import checkpoint, cpt, post, start, succeed, unique
 
 Event = tuple[int, str, dict[str, Any]]
@@ -78,28 +79,24 @@ def test_last_event_id_goes_on_behind_that_event(api: Api) -> None:
 
 def test_events_arrive_while_the_job_runs(api: Api) -> None:
     job_id = str(post(api, cpt(unique()))["id"])
-    seen: list[tuple[float, Event]] = []
+    seen: list[Event] = []
 
     def read() -> None:
         with (
             httpx.Client(base_url=api.url, timeout=30) as http,
             http.stream("GET", f"/v1/jobs/{job_id}/events") as answer,
         ):
-            seen.extend((time.monotonic(), event) for event in parse(answer.iter_lines()))
+            seen.extend(parse(answer.iter_lines()))
 
     reader = threading.Thread(target=read)
     reader.start()
     run = start(api, job_id)
-    time.sleep(POLL_SECONDS * 2)
-    sent = time.monotonic()
     log(api, job_id, "now")
-    time.sleep(POLL_SECONDS * 4)
+    until(lambda: any(e[2].get("message") == "now" for e in seen))
     succeed(api, job_id, run)
-    reader.join(10)
+    reader.join(60)
     assert not reader.is_alive(), "the stream ends with the final state"
-    at = next(t for t, e in seen if e[2].get("message") == "now")
-    assert at - sent < POLL_SECONDS * 4
-    assert [e[0] for _, e in seen] == list(range(1, 6))
+    assert [e[0] for e in seen] == list(range(1, 6))
 
 
 def test_a_long_log_is_replayed_in_full(api: Api) -> None:
@@ -146,13 +143,13 @@ def test_one_poller_serves_all_followers_of_all_jobs(sqlite_api: Api) -> None:
         for job_id, run in zip(jobs, runs, strict=True):
             log(api, job_id, "end is near")
             succeed(api, job_id, run)
-        streams = [f.result(timeout=20) for f in followers]
+        streams = [f.result(timeout=60) for f in followers]
     assert rate <= 1.1 / POLL_SECONDS, "24 followers cost the database no more polls than one"
     assert all([e[0] for e in s] == [1, 2, 3, 4, 5] for s in streams)
-    time.sleep(POLL_SECONDS * 2)
+    until(lambda: not hub._feeds)
     polls = hub.polls
     time.sleep(POLL_SECONDS * 4)
-    assert hub.polls == polls, "with nobody following, nobody asks"
+    assert hub.polls <= polls + 1, "with nobody following, nobody asks: one may have been under way"
 
 
 def follow_alone(url: str, job_id: str) -> list[Event]:
@@ -176,7 +173,7 @@ def test_a_slow_reader_holds_up_nobody_and_gets_everything(sqlite_api: Api) -> N
                     repository.add_event(session, job_id, "log", {"message": f"{part}.{n} " + "x" * 16000})
             time.sleep(POLL_SECONDS)
         succeed(api, job_id, run)
-        assert len(quick.result(timeout=20)) == 804, "the quick reader is done before the slow one takes a byte"
+        assert len(quick.result(timeout=60)) == 804, "the quick reader is done before the slow one takes a byte"
         received = b""
         while chunk := slow.recv(1 << 20):
             received += chunk
@@ -191,8 +188,4 @@ def test_a_client_that_leaves_is_forgotten(sqlite_api: Api) -> None:
         lines = answer.iter_lines()  # dropping it would close the connection
         next(lines)
         assert job_id in api.app.state.events._feeds
-    for _ in range(100):
-        if job_id not in api.app.state.events._feeds:
-            return
-        time.sleep(0.05)
-    raise AssertionError("the hub still polls for a client that left")
+    until(lambda: job_id not in api.app.state.events._feeds)

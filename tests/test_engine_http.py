@@ -172,7 +172,7 @@ def hold(engine: EngineServer, count: int, **body: Any) -> list[httpx.Response]:
     return streams
 
 
-def slow_down(engine: EngineServer, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.02) -> None:
+def slow_down(engine: EngineServer, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.1) -> None:
     """Steps of a known length, as those of a larger model."""
     forward = engine.engine.runner.forward
     monkeypatch.setattr(engine.engine.runner, "forward", lambda step: (time.sleep(seconds), forward(step))[1])
@@ -438,7 +438,7 @@ def test_at_sigterm_open_streams_get_their_grace_then_an_error_and_the_exit_is_c
     short: list[str] = []
     long: list[str] = []
     threads = [collect(port, tiny_base, short, max_tokens=30), collect(port, tiny_base, long)]
-    until(lambda: short and long, 10)
+    until(lambda: short and long)
     engine.send_signal(signal.SIGTERM)
     time.sleep(0.3)
     with pytest.raises(httpx.HTTPError):
