@@ -63,28 +63,20 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def api(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT; open requests get a few seconds to end."""
+    """Serve until SIGTERM or SIGINT, see Server; exit status 0 then."""
     gc.disable()  # imports make much and drop next to nothing: passes of the collector would be a tenth of the start
-    import uvicorn
-
     from service.app import create_app
+    from service.server import api_server, serve
 
     check_host(settings)
-    configure(settings.log_level)
+    configure(settings, "api")
     check_database(settings)
     app = create_app(settings)
     # What is loaded by now stays: without this, each full pass of the collector walks all of it and holds up requests
     # for tens of milliseconds.
     gc.freeze()
     gc.enable()
-    uvicorn.run(
-        app,
-        host=settings.host,
-        port=settings.port,
-        log_config=None,
-        access_log=False,
-        timeout_graceful_shutdown=5,
-    )
+    serve(api_server(app, settings), settings.host, settings.port, reuse_port=settings.reuse_port)
 
 
 def check_host(settings: Settings) -> None:

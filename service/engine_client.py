@@ -19,6 +19,7 @@ from typing import Any
 import httpx
 
 from service.errors import Conflict, Invalid, LorryError, NotFound, Unavailable
+from service.logs import REQUEST_ID_HEADER, request_id
 from service.openai.wire import Piece, TokenInfo, Usage
 from service.settings import Settings
 from service.templates import StoredTemplate
@@ -121,6 +122,7 @@ class EngineClient:
             # Idle connections are given up before the engine does it (5 s), so that none is reused while it closes.
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2.0),
             trust_env=False,
+            event_hooks={"request": [_name_request]},
         )
         self._loaded: dict[str, Path] = {}  # what this client knows to be loaded; the engine is asked once a name
         self._locks: dict[str, asyncio.Lock] = {}
@@ -254,6 +256,12 @@ class EngineClient:
         return _unreachable(self.url, error)
 
 
+async def _name_request(request: httpx.Request) -> None:
+    """The engine logs what it does for a request of ours under the same id."""
+    if current := request_id():
+        request.headers[REQUEST_ID_HEADER] = current
+
+
 def _unreachable(url: str, error: httpx.HTTPError) -> Unavailable:
     reason = "does not answer" if isinstance(error, httpx.ConnectError | httpx.TimeoutException) else "broke off"
     return Unavailable(f"the engine at {url} {reason} ({type(error).__name__})", code="engine_unavailable")
@@ -297,7 +305,7 @@ def _error_of(body: Mapping[str, Any], status: int, retry_after: int = 5) -> Lor
             code, param = "prompt_too_long", "prompt"
             lengths = _lengths(message)
         return Invalid(message, param=param, code=code, extra=lengths)
-    if status in (429, 503):
+    if status in (429, 503) or code == "shutting_down":
         return Unavailable(message, retry_after=retry_after, code=code)
     return Unavailable(f"the engine failed: {message}", retry_after=retry_after, code=code or "engine_failed")
 

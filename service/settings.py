@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -68,7 +69,51 @@ class Settings(BaseSettings):
         0, ge=0, description="CPU threads of training and of the engine; 0 leaves torch's choice."
     )
     sse_ping_seconds: float = Field(15.0, gt=0, description="Interval of SSE comments that keep idle connections open.")
+    slow_reader_seconds: float = Field(
+        30.0, gt=0, description="A client that takes nothing of what waits for it for this long is cut off."
+    )
+    reuse_port: bool = Field(
+        False, description="Let several `lorry api` share LORRY_PORT: for a restart without a gap, old beside new."
+    )
     log_level: str = Field("INFO", description="Log level of every process.")
+    log_format: Literal["text", "json"] = Field(
+        "text", description="text, or json: one JSON object a line, with job, attempt, run and request ids."
+    )
+    access_log: bool = Field(True, description="A log line for each request to the API and to the engine.")
+
+    prune_seconds: float = Field(
+        3600.0,
+        ge=0,
+        description="How often an API process looks for what the settings below let go; 0: only `lorry prune` does.",
+    )
+    keep_optimizer_days: float = Field(
+        1.0,
+        ge=0,
+        description="Days after a job's end that its checkpoints keep optimizer states, which nothing reads any more; inf: for good.",
+    )
+    keep_checkpoints_days: float = Field(
+        float("inf"),
+        ge=0,
+        description="Days after a succeeded job's end that its checkpoints can be served; inf: until its adapter is deleted.",
+    )
+    keep_failed_days: float = Field(
+        30.0,
+        ge=0,
+        description="Days after a failed or cancelled job's end that its checkpoints and a refused export stay; inf: for good.",
+    )
+    keep_uploads_days: float = Field(
+        float("inf"),
+        ge=0,
+        description="Days that an upload stays after it came or the last job that reads it ended; inf: until it is deleted.",
+    )
+    keep_events_days: float = Field(
+        30.0,
+        ge=0,
+        description="Days after a job's end that its progress, metrics and log events can be replayed; its status events and its series stay. inf: for good.",
+    )
+    keep_logs_days: float = Field(
+        90.0, ge=0, description="Days after a job's end that its log and TensorBoard files stay; inf: for good."
+    )
 
     @property
     def sqlalchemy_url(self) -> str:

@@ -23,6 +23,7 @@ from types import FrameType
 
 import httpx
 
+from service.logs import configure, part_line
 from service.migrate import upgrade
 from service.settings import Settings
 
@@ -89,6 +90,7 @@ class Part:
 
 def up(settings: Settings, *, workers: int, engine: bool) -> int:
     """Run all parts until SIGINT or SIGTERM; returns the exit status. Raises SystemExit if they cannot start."""
+    configure(settings, "up")
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     with _only_one(settings.data_dir):
         env = {**os.environ, "PYTHONUNBUFFERED": "1"}
@@ -240,14 +242,14 @@ def _relay(name: str, process: subprocess.Popen[str]) -> None:
     assert process.stdout is not None
     for line in process.stdout:
         try:
-            print(f"{name:<9}| {line.rstrip()}", flush=True)
+            print(part_line(name, line.rstrip()), flush=True)
         except (BrokenPipeError, ValueError):  # nobody reads; keep draining, or the part would block on its log
             continue
 
 
 def _say(message: str) -> None:
     try:
-        print(f"{'up':<9}| {message}", flush=True)
+        print(part_line("up", message), flush=True)
     except (BrokenPipeError, ValueError):
         pass
 

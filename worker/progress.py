@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
@@ -19,6 +17,7 @@ from sqlalchemy.orm import Session
 from service.db import Database
 from service.jobs import repository
 from service.jobs.repository import Fenced
+from service.logs import redact
 from service.models import CheckpointRow, JobRow, RunRow
 from service.settings import Settings
 from worker.outcome import Ask
@@ -61,12 +60,13 @@ class SqlProgress:
 
     def log(self, message: str) -> None:
         log.info("%s", message)
-        self._event("log", {"message": message})
+        self._event("log", {"message": redact(message)})
 
     def started(self) -> None:
         def write(session: Session) -> None:
-            if not repository.transition(session, self.job_id, ["preparing"], "running", run_id=self.run_id):
-                raise Fenced(self.job_id)
+            if repository.transition(session, self.job_id, ["preparing"], "running", run_id=self.run_id):
+                return
+            repository.own(session, self.job_id, self.run_id)  # it is done already, or raises Fenced
 
         persist(self.db, write)
 
@@ -170,9 +170,10 @@ class SqlProgress:
 
 
 def persist(db: Database, action: Callable[[Session], T], *, write: bool = True, seconds: float = PERSIST_SECONDS) -> T:
-    """Do `action` in a session, again and again while the database is away, for `seconds`; a full disk is not waited for.
+    """Do `action` in a session, again and again while the database is away or its disk full, for `seconds`.
 
-    An hour of training must not end because the database was restarted.
+    An hour of training must not end because the database was restarted, nor a failure go unreported for want of space.
+    An action may be done twice, if the connection broke off after its commit: what it does must allow for that.
     """
     deadline = time.monotonic() + seconds
     while True:
@@ -180,9 +181,9 @@ def persist(db: Database, action: Callable[[Session], T], *, write: bool = True,
             with db.write() if write else db.read() as session:
                 return action(session)
         except OperationalError as error:
-            if "full" in str(error) or time.monotonic() > deadline:
+            if time.monotonic() > deadline:
                 raise
-            log.warning("database out of reach, trying again: %s", str(error).splitlines()[0])
+            log.warning("database out of reach, trying again: %s", str(error.orig).splitlines()[0])
             time.sleep(1)
 
 
@@ -193,13 +194,3 @@ def finite(data: Any) -> Any:
     if isinstance(data, (list, tuple)):
         return [finite(value) for value in data]
     return None if isinstance(data, float) and not math.isfinite(data) else data
-
-
-def tail(path: Path, lines: int = 200) -> list[str]:
-    """The last lines of a text file, reading at most 256 KiB of it; empty if there is none."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, os.path.getsize(path) - 262_144))
-            return file.read().decode("utf-8", "replace").splitlines()[-lines:]
-    except OSError:
-        return []

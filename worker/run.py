@@ -10,8 +10,12 @@ import time
 from typing import Any
 
 from redis import Redis
+from redis.backoff import ConstantBackoff
 from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as RedisTimeout
+from redis.retry import Retry
 from rq import Queue, Worker, worker_registration
+from rq.exceptions import StopRequested
 from rq.job import Job
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -34,13 +38,19 @@ class LorryWorker(Worker):  # type: ignore[misc, unused-ignore]
     The child is asked to checkpoint when this process is told to stop, and once more killed if it takes too long.
     """
 
+    max_connection_wait_time = 5.0  # between tries to reach a queue server that is away; RQ's own would be a minute
+
     def __init__(self, settings: Settings, **kwargs: Any) -> None:
         self.settings = settings
         self.horse_status: int | None = None
         self.stop_deadline: float | None = None
-        self.reconciled = 0.0
+        self.told_to_stop = False
+        self.reconciled = float("-inf")
         name = f"{socket.gethostname()}.{os.getpid()}.{os.urandom(3).hex()}"
-        connection = Redis.from_url(settings.redis_url, health_check_interval=30)
+        # Two tries: with redis-py's eleven, a server that is there but does not answer would hold this process up for
+        # minutes, its child unwatched.
+        retry = Retry(ConstantBackoff(0.5), 1)
+        connection = Redis.from_url(settings.redis_url, health_check_interval=30, retry=retry)
         super().__init__(
             [Queue(settings.queue, connection=connection, default_timeout=-1)],
             name=name,
@@ -52,6 +62,18 @@ class LorryWorker(Worker):  # type: ignore[misc, unused-ignore]
             job_monitoring_interval=5,
             **kwargs,
         )
+
+    @property
+    def dequeue_timeout(self) -> int:
+        return max(1, round(self.settings.reconcile_seconds))  # an idle worker looks after the others' runs, too
+
+    def dequeue_job_and_maintain_ttl(self, timeout: int | None, max_idle_time: int | None = None) -> Any:
+        """Wait for an entry, through outages of the queue server of any kind; RQ itself gives up on one that hangs."""
+        while True:
+            try:
+                return super().dequeue_job_and_maintain_ttl(timeout, max_idle_time)
+            except RedisTimeout as error:
+                log.warning("the queue server does not answer, trying again: %s", error)
 
     def execute_job(self, job: Job, queue: Queue) -> Any:
         self.horse_status = None
@@ -76,9 +98,9 @@ class LorryWorker(Worker):  # type: ignore[misc, unused-ignore]
                 time.sleep(1)
 
     def heartbeat(self, timeout: int | None = None, pipeline: Any = None) -> None:
+        self.reconcile()  # first: it must also be done while the queue server is away
         super().heartbeat(timeout, pipeline)
         worker_registration.register(self, pipeline)  # again: a queue server that lost its data forgot this worker
-        self.reconcile()
 
     def reconcile(self) -> None:
         """Compare SQL with the queue now and then; the API does the same, but it may be down."""
@@ -105,7 +127,10 @@ class LorryWorker(Worker):  # type: ignore[misc, unused-ignore]
         return pid, status, usage
 
     def settle(self, job_id: str) -> None:
-        """If the child left its job unfinished it died: say why, and give the job back."""
+        """If the child left its job unfinished it died: say why, and give the job back.
+
+        With the database away or full this is left to reconcile(), which will see the run fall silent.
+        """
         db, queue = Database(self.settings.sqlalchemy_url), JobQueue(self.settings.redis_url, self.settings.queue)
         try:
             row = persist(db, lambda session: repository.get(session, job_id), write=False)
@@ -119,11 +144,14 @@ class LorryWorker(Worker):  # type: ignore[misc, unused-ignore]
                     code="worker_killed",
                     reason=describe(self.horse_status),
                 )
+        except SQLAlchemyError as error:
+            log.warning("could not settle job %s: %s", job_id, error)
         finally:
             db.dispose()
 
     def handle_warm_shutdown_request(self) -> None:
         super().handle_warm_shutdown_request()
+        self.told_to_stop = True
         self.ask_horse_to_stop()
 
     def request_force_stop(self, signum: int, frame: Any) -> None:
@@ -153,7 +181,7 @@ def describe(status: int | None) -> str:
 def main() -> None:
     """`lorry worker`: run until told to stop. SIGTERM and SIGINT let the running job checkpoint and go back to the queue."""
     settings = Settings()
-    configure(settings.log_level)
+    configure(settings, "worker")
     if not is_current(settings.sqlalchemy_url):
         raise SystemExit("the database is not at the newest revision: run `lorry migrate`")
     wait_for_queue(settings)
@@ -161,7 +189,22 @@ def main() -> None:
     reconcile(db, JobQueue(settings.redis_url, settings.queue), settings)
     db.dispose()  # nothing of it may cross the fork
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # inherited by the child, until it can act on it
-    LorryWorker(settings).work(with_scheduler=False, logging_level=settings.log_level.upper())
+    try:
+        while not work(settings):
+            log.warning("the queue server failed; looking for it again")
+            wait_for_queue(settings)
+    except StopRequested:  # told to stop while it waited for the queue server
+        return
+
+
+def work(settings: Settings) -> bool:
+    """Take jobs until told to stop (True) or until the queue server fails in a way that RQ does not get over (False)."""
+    worker = LorryWorker(settings)
+    try:
+        worker.work(with_scheduler=False, logging_level=settings.log_level.upper())
+    except RedisError as error:
+        log.warning("the queue is out of reach: %s", error)
+    return worker.told_to_stop
 
 
 def wait_for_queue(settings: Settings, seconds: float = 60) -> None:

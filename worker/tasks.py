@@ -13,9 +13,7 @@ import logging
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from sqlalchemy import update
@@ -29,13 +27,14 @@ from service.ids import new_id
 from service.jobs import repository
 from service.jobs.repository import Fenced
 from service.jobs.states import Status
+from service.logs import hide, job_log, redact, run_started, tail
 from service.models import AdapterRow, ArtifactRow, FileRow, JobRow, RunRow
 from service.queue import JobQueue
 from service.reconcile import after_end
 from service.settings import Settings
 from service.specs import CptSpec, ExportSpec, IftSpec, parse_spec
 from worker.outcome import Context, Interrupted, Outcome, Paths
-from worker.progress import SqlProgress, finite, persist, tail
+from worker.progress import SqlProgress, finite, persist
 
 log = logging.getLogger("lorry.worker")
 # What torch, safetensors and SQLite say in exceptions that are no MemoryError and no OSError.
@@ -53,27 +52,36 @@ def run_job(job_id: str) -> None:
         row = repository.claim(session, job_id, run_id, os.environ.get("RQ_WORKER_ID", f"pid-{os.getpid()}"))
     if row is None:
         return  # cancelled, done, or taken by another worker: a queue entry is only a hint
-    run_dir = settings.job_dir(job_id)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    progress = SqlProgress(db, settings, job_id, run_id)
-    with log_to(run_dir / "log.txt"), stop_on_signal(progress):
-        log.info("job %s attempt %d run %s", job_id, row.attempt, run_id)
+    try:
         try:
-            try:
-                with progress:
-                    outcome = execute(db, queue, settings, row, progress)
-                finish(db, row, run_id, outcome)
-            except Interrupted as interrupted:
-                finish(db, row, run_id, Outcome(interrupted.ask))
-            except Fenced:
-                raise
-            except BaseException as error:
-                traceback.print_exc()
-                fail(db, settings, row, run_id, classify(error))
-        except Fenced:
-            log.error("job %s belongs to another run now; nothing more is written", job_id)
-            return
+            attempt(db, queue, settings, row, run_id)
+        except OSError as error:  # the log could not be opened or closed: the disk of the data folder is full, or away
+            fail(db, settings, row, run_id, classify(error))
+    except Fenced:
+        log.error("job %s belongs to another run now; nothing more is written", job_id)
+        return
     after_end(db, queue, job_id)
+
+
+def attempt(db: Database, queue: JobQueue, settings: Settings, row: JobRow, run_id: str) -> None:
+    """One run, with its log, from the claim to its stored outcome. Raises Fenced, and OSError if there can be no log."""
+    run_dir = settings.job_dir(row.id)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    progress = SqlProgress(db, settings, row.id, run_id)
+    about = {"job": row.id, "attempt": row.attempt, "run": run_id}
+    with job_log(run_dir / "log.txt", **about), stop_on_signal(progress):
+        log.info("%s", run_started(row.id, row.attempt, run_id))
+        try:
+            with progress:
+                outcome = execute(db, queue, settings, row, progress)
+            finish(db, row, run_id, outcome)
+        except Interrupted as interrupted:
+            finish(db, row, run_id, Outcome(interrupted.ask))
+        except Fenced:
+            raise
+        except BaseException as error:
+            log.exception("the run failed")
+            fail(db, settings, row, run_id, classify(error))
 
 
 def execute(db: Database, queue: JobQueue, settings: Settings, row: JobRow, progress: SqlProgress) -> Outcome:
@@ -142,6 +150,7 @@ def hub_token(queue: JobQueue, job_id: str) -> str | None:
     with contextlib.suppress(Exception):
         token = queue.token(job_id)
         if token:
+            hide(token)
             return token
     return os.environ.get("HF_TOKEN") or None
 
@@ -174,8 +183,9 @@ def finish(db: Database, row: JobRow, run_id: str, outcome: Outcome) -> None:
 
 def fail(db: Database, settings: Settings, row: JobRow, run_id: str, failure: JobFailure) -> None:
     """Store a failure: for good, or back to the queue if another attempt may help and one is left. Raises Fenced."""
+    failure.message = redact(failure.message)
     error = failure.body()
-    lines = tail(settings.job_dir(row.id) / "log.txt")
+    lines = tail(settings.job_dir(row.id) / "log.txt", run_id)
     again = failure.retry and row.attempt < settings.max_attempts
     if failure.retry and not again:
         error["message"] = f"attempt {row.attempt} of {settings.max_attempts}: {failure.message}"
@@ -243,26 +253,3 @@ def stop_on_signal(progress: SqlProgress) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGUSR1, previous)
-
-
-@contextlib.contextmanager
-def log_to(path: Path) -> Iterator[None]:
-    """Send this process's stdout and stderr, libraries' included, to the run's log; a new attempt appends."""
-    saved = os.dup(1), os.dup(2)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    with open(path, "ab", buffering=0) as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    if not logging.getLogger().handlers:
-        logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    logging.getLogger("lorry").setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os.dup2(saved[0], 1)
-        os.dup2(saved[1], 2)
-        os.close(saved[0])
-        os.close(saved[1])

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import aclosing
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Header, Path, Query, Request, Response
-from sse_starlette import EventSourceResponse, JSONServerSentEvent
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import PlainTextResponse
 
@@ -19,6 +16,7 @@ from service.jobs.events import EventHub
 from service.jobs.states import FINAL, Status
 from service.json_body import Storable
 from service.specs import CptSpec, ExportSpec, IftSpec
+from service.sse import EventStream
 from service.wire import After, Limit, Page
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
@@ -130,13 +128,7 @@ async def events(
     if status in FINAL and after == head:
         return Response(status_code=204)  # tells a browser's EventSource not to come again
     hub: EventHub = request.app.state.events
-    return EventSourceResponse(_stream(hub, job_id, after), ping=settings.sse_ping_seconds, sep="\n")
-
-
-async def _stream(hub: EventHub, job_id: str, after: int) -> AsyncIterator[JSONServerSentEvent]:
-    async with aclosing(hub.follow(job_id, after)) as items:
-        async for item in items:
-            yield JSONServerSentEvent(item.data, event=item.type, id=str(item.seq))
+    return EventStream(hub.stream(job_id, after, ended=status in FINAL), ping=settings.sse_ping_seconds)
 
 
 def _head(db: Any, job_id: str) -> tuple[str, int]:
@@ -183,10 +175,13 @@ def log(
     settings: SettingsDep,
     bytes: Annotated[int, Query(ge=1, le=4 * 2**20, description="At most this many bytes from the end.")] = 64 * 1024,
 ) -> PlainTextResponse:
-    """What the job's process and its libraries printed, all attempts; empty before the first one."""
+    """What the job's process and its libraries printed, all attempts; empty before the first one.
+
+    If the file is gone (LORRY_KEEP_LOGS_DAYS), the last 200 lines of a run that failed. No secret is in it.
+    """
     with db.read() as session:
         service.require(session, job_id)
-    return PlainTextResponse(service.log_tail(settings, job_id, bytes), headers={"Cache-Control": "no-store"})
+    return PlainTextResponse(service.log_tail(db, settings, job_id, bytes), headers={"Cache-Control": "no-store"})
 
 
 @router.get("/{job_id}/artifacts", response_model=Page[schemas.Artifact], summary="Files of an export")

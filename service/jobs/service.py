@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import time
 
@@ -17,12 +18,14 @@ from service.ids import is_id, new_id
 from service.jobs import repository
 from service.jobs.door import AnyJobSpec, admit, name_taken
 from service.jobs.states import ACTIVE, FINAL
+from service.logs import redact
 from service.models import AdapterRow, JobRow
 from service.queue import JobQueue
 from service.reconcile import after_end
 from service.settings import Settings
 from service.specs import ExportSpec, IftSpec
 
+log = logging.getLogger("lorry.jobs")
 _TRIES = 10  # a state that changes between our look and our move is looked at again
 
 
@@ -68,6 +71,7 @@ def create(
         if isinstance(error, IntegrityError):
             raise name_taken(spec.adapter) from error
         raise
+    log.info("%s made: %s %s", row.id, row.kind, row.adapter, extra={"fields": {"job": row.id}})
     if not row.after:
         queue.enqueue_soon(row.id)
     else:
@@ -170,19 +174,21 @@ def resume(db: Database, queue: JobQueue, job_id: str) -> JobRow:
     return _reload(db, job_id)
 
 
-def log_tail(settings: Settings, job_id: str, size: int) -> str:
-    """The last `size` bytes of a job's log, from a line's start."""
+def log_tail(db: Database, settings: Settings, job_id: str, size: int) -> str:
+    """The last `size` bytes of a job's log, from a line's start; what its last run's record kept, if the file is gone."""
     try:
         with open(settings.job_dir(job_id) / "log.txt", "rb") as file:
-            file.seek(0, os.SEEK_END)
-            begin = max(0, file.tell() - size)
-            file.seek(begin)
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - size))
             content = file.read(size)
     except FileNotFoundError:
-        return ""
-    if begin:
+        with db.read() as session:
+            runs = repository.runs(session, job_id)
+        kept = [line for run in runs[-1:] for line in run.record.get("log_tail", [])]
+        return "".join(f"{line}\n" for line in kept)
+    if end > size:
         content = content[content.find(b"\n") + 1 :]
-    return content.decode(errors="replace")
+    return redact(content.decode(errors="replace"))
 
 
 def _not_final(row: JobRow, done: str) -> None:

@@ -9,16 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 import sys
-import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
@@ -27,15 +23,20 @@ from pydantic import Field
 from starlette.exceptions import HTTPException
 
 from service.errors import Invalid, LorryError
+from service.logs import configure
 from service.openai.schemas import Body, ChatCompletionRequest, CompletionRequest
 from service.openai.wire import ChatWriter, CompletionWriter
+from service.server import Server, serve
 from service.settings import Settings, get_settings
+from service.shutdown import OpenRequests, Shutdown
+from service.telemetry import RequestLog
 from worker.engine import handlers
-from worker.engine.engine import Engine
+from worker.engine.engine import Engine, shutting_down
 from worker.engine.runner import ModelRunner
 
 log = logging.getLogger("lorry.engine")
 GRACE_SECONDS = 10.0  # longest wait for open requests at SIGTERM
+_HARD = 20.0  # seconds after it: the step under way has to end before the requests can be told
 
 
 class LoadLoraAdapter(Body):
@@ -77,6 +78,9 @@ def create_app(engine: Engine) -> FastAPI:
     app.add_exception_handler(LorryError, _render)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
+    app.state.shutdown = Shutdown()
+    app.add_middleware(OpenRequests, shutdown=app.state.shutdown)
+    app.add_middleware(RequestLog)
 
     @app.get("/health")
     def health() -> Response:
@@ -148,50 +152,46 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse(body, error.status_code)
 
 
-class EngineServer(uvicorn.Server):
-    """uvicorn, with the engine's way of ending."""
+def engine_server(app: FastAPI, engine: Engine, settings: Settings, **config: Any) -> Server:
+    """uvicorn with the engine's way of ending; `config` is uvicorn's."""
 
-    def __init__(self, app: FastAPI, engine: Engine, settings: Settings) -> None:
-        self.grace = min(GRACE_SECONDS, settings.shutdown_seconds)
-        super().__init__(
-            uvicorn.Config(
-                app,
-                host=settings.engine_host,
-                port=settings.engine_port,
-                log_level=settings.log_level.lower(),
-                access_log=False,
-                timeout_graceful_shutdown=int(self.grace) + 5,
-            )
-        )
-        self.engine = engine
-        app.state.on_fatal = self._fatal
+    shutdown: Shutdown = app.state.shutdown
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if not self.engine.draining:
-            self.engine.draining = True
-            timer = threading.Timer(self.grace, self.engine.fail_open, ["the engine is shutting down"])
-            timer.daemon = True
-            timer.start()
-        super().handle_exit(sig, frame)
+    def begin() -> None:
+        engine.draining = True
 
-    def _fatal(self) -> None:
-        self.should_exit = True
+    def end() -> None:
+        shutdown.over = True
+        engine.fail_open(shutting_down())
+
+    server = Server(
+        app,
+        grace=min(GRACE_SECONDS, settings.shutdown_seconds),
+        stalled=settings.slow_reader_seconds,
+        begin=begin,
+        end=end,
+        hard=_HARD,
+        **config,
+    )
+
+    def fatal() -> None:
+        server.should_exit = True
+
+    app.state.on_fatal = fatal
+    return server
 
 
 def run(engine: Engine, settings: Settings) -> int:
     """Serve until SIGTERM or SIGINT (returns 0) or until the engine fails (returns 1)."""
-    for sig in (signal.SIGTERM, signal.SIGINT):
-        # uvicorn raises the signals it caught again at its end; a stop that was asked for is no failure.
-        signal.signal(sig, lambda *_: None)
-    server = EngineServer(create_app(engine), engine, settings)
-    server.run()
+    server = engine_server(create_app(engine), engine, settings)
+    serve(server, settings.engine_host, settings.engine_port, variable="LORRY_ENGINE_PORT")
     return 0 if server.started and engine.fatal is None else 1
 
 
 def main() -> None:
     """The process: load the base model, serve, exit."""
     settings = get_settings()
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    configure(settings, "engine")
     sys.exit(run(build_engine(settings), settings))
 
 
