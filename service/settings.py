@@ -54,6 +54,10 @@ class Settings(BaseSettings):
     allow_public: bool = Field(False, description="Allow a non-loopback LORRY_HOST without LORRY_API_KEY.")
     max_upload_bytes: int = Field(2 * 1024**3, ge=1, description="Largest upload, in bytes.")
     trust_remote_code: bool = Field(False, description="Let model repositories run their own code while loading.")
+    llama_cpp_dir: Path | None = Field(
+        None,
+        description="llama.cpp checkout with a built llama-quantize, for GGUF exports, instead of the packaged converter and quantiser.",
+    )
     max_attempts: int = Field(3, ge=1, description="Attempts at a job before it fails for good.")
     heartbeat_seconds: float = Field(2.0, gt=0, description="How often a running job says it is alive.")
     heartbeat_timeout_seconds: float = Field(
