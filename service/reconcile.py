@@ -1,53 +1,123 @@
-"""What SQL says against what the queue and the heartbeats say. Run at start and every few seconds, by the API and by
-each worker; every step is a compare-and-set, so any number of processes may run it at once.
+"""What SQL says against what the heartbeats, the queue and the disk say. Run at start and every few seconds, by the API
+and by each worker; every step is a compare-and-set or touches only what no run can own any more, so any number of
+processes may run it at once.
 """
 
 from __future__ import annotations
 
 import logging
+import re
+import shutil
+import threading
 import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from redis.exceptions import RedisError
+from sqlalchemy import select
 from sqlalchemy.exc import OperationalError
 
 from service.db import Database
+from service.files.service import drop_unfinished
 from service.jobs import repository
+from service.jobs.states import FINAL
+from service.logs import tail
+from service.models import AdapterRow, JobRow, RunRow
 from service.queue import JobQueue
 from service.settings import Settings
 
 log = logging.getLogger("lorry.reconcile")
+_DISK_EVERY = 6  # passes: the disk is looked at less often than heartbeats and queue
+_CHUNK = 500  # ids in one query
 
 
 @dataclass
 class Report:
-    """What one pass did, by job id."""
+    """What one pass did and saw, by job id, adapter name or path."""
 
     requeued: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     enqueued: list[str] = field(default_factory=list)
+    swept: list[Path] = field(default_factory=list)  # leftovers of ended runs, removed
+    missing: list[str] = field(default_factory=list)  # finished adapters whose folder is gone
+    unknown: list[Path] = field(default_factory=list)  # folders of jobs that SQL does not know: reported, never touched
 
 
-_away = float("-inf")  # when this process last found the database away (monotonic seconds)
+class Watch:
+    """What this process has seen of the heartbeats of one database's runs.
+
+    No two hosts' clocks are compared, and a clock that is set does no harm: a run is silent for as long as this process
+    has watched its heartbeat, whatever its value, not change.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.passes = 0
+        self.told: set[str | Path] = set()  # what the log has been told of already
+        self._last = 0.0
+        self._seen: dict[str, tuple[tuple[str, float], float]] = {}  # job → ((run, heartbeat), seconds of silence)
+
+    def look(self, beats: Mapping[str, tuple[str, float]], longest: float) -> dict[str, float]:
+        """Seconds for which each job's (run, heartbeat) has been the same. Between two looks at most `longest` counts:
+
+        if this process was suspended, its host was perhaps too, with the runs on it.
+        """
+        now = time.monotonic()
+        passed, self._last = min(now - self._last, longest), now
+        before, self._seen = self._seen, {}
+        for job_id, beat in beats.items():
+            old = before.get(job_id)
+            self._seen[job_id] = (beat, old[1] + passed if old and old[0] == beat else 0.0)
+        return {job_id: silence for job_id, (_, silence) in self._seen.items()}
+
+    def forget(self) -> None:
+        """Watch anew: no run could write a heartbeat while the database was away or full."""
+        self._seen = {}
+
+
+_watches: defaultdict[str, Watch] = defaultdict(Watch)  # by database, for the life of the process
 
 
 def reconcile(db: Database, queue: JobQueue, settings: Settings) -> Report:
-    """Lost runs go back to the queue; children of failed jobs fail; queued jobs that the queue lacks are put there."""
-    global _away
+    """Lost runs go back to the queue; children of failed jobs fail; queued jobs that the queue lacks are put there;
+    what ended runs left on disk is removed. Raises OperationalError while the database is out of reach."""
     report = Report()
-    try:
-        with db.read() as session:
-            before = time.time() - settings.heartbeat_timeout_seconds
-            lost = [(r.id, r.run_id) for r in repository.stale(session, before)]
-    except OperationalError:
-        _away = time.monotonic()
-        raise
-    if time.monotonic() - _away < settings.heartbeat_timeout_seconds:
-        lost = []  # no run could write a heartbeat while the database was away: give them time to
-    for job_id, run_id in lost:
-        reason = f"no heartbeat for {settings.heartbeat_timeout_seconds:g} s: its worker or host was lost"
-        give_back(db, queue, settings, job_id, run_id, code="worker_lost", reason=reason, report=report)
-    fail_orphans(db, queue, report)
+    watch = _watches[str(db.engine.url)]
+    with watch.lock:
+        try:
+            give_back_lost(db, queue, settings, watch, report)
+        except OperationalError:
+            watch.forget()
+            raise
+        fail_orphans(db, queue, report)
+        fill_queue(db, queue, report)
+        if watch.passes % _DISK_EVERY == 0:
+            try:
+                compare_disk(db, settings, report)
+            except OSError as error:
+                log.warning("could not look through the data folder, will try again: %s", error)
+            tell(watch, report)
+        watch.passes += 1
+    return report
+
+
+def give_back_lost(db: Database, queue: JobQueue, settings: Settings, watch: Watch, report: Report) -> None:
+    """Runs whose heartbeat stands still are dead, or fenced from here on."""
+    timeout = settings.heartbeat_timeout_seconds
+    with db.read() as session:
+        beats = {r.id: (r.run_id or "", r.heartbeat_at or 0.0) for r in repository.active(session)}
+    silences = watch.look(beats, longest=max(2 * settings.reconcile_seconds, timeout / 4))
+    for job_id, silence in silences.items():
+        if silence >= timeout:
+            run_id, beat = beats[job_id]
+            reason = f"no heartbeat for {timeout:g} s: its worker or host was lost"
+            give_back(db, queue, settings, job_id, run_id, code="worker_lost", reason=reason, beat=beat, report=report)
+
+
+def fill_queue(db: Database, queue: JobQueue, report: Report) -> None:
+    """Put there what SQL says may run and the queue does not have: entries lost with a server, or never written."""
     try:
         with db.read() as session:
             ready = repository.ready_to_run(session)
@@ -57,20 +127,26 @@ def reconcile(db: Database, queue: JobQueue, settings: Settings) -> Report:
             report.enqueued.append(job_id)
     except RedisError as error:
         log.warning("queue out of reach, will try again: %s", error)
-    return report
 
 
 def give_back(
     db: Database, queue: JobQueue, settings: Settings, job_id: str, run_id: str | None, *, code: str, reason: str,
-    report: Report | None = None,
+    beat: float | None = None, report: Report | None = None,
 ) -> None:  # fmt: skip
-    """End a run that died: back to the queue with attempt + 1, or as it was asked to end, or failed for good."""
+    """End a run that died: back to the queue with attempt + 1, or as it was asked to end, or failed for good.
+
+    With `beat`, only if that is still its last heartbeat.
+    """
     if run_id is None:
         return
+    lines = tail(settings.job_dir(job_id) / "log.txt", run_id)  # the run itself had no time to put them there
     with db.write() as session:
         row = repository.get(session, job_id)
-        if row is None or row.run_id != run_id:
+        if row is None or row.run_id != run_id or (beat is not None and row.heartbeat_at != beat):
             return
+        run = session.get(RunRow, run_id)
+        if run is not None:
+            run.record = {**run.record, "log_tail": lines}
         if row.attempt >= settings.max_attempts:
             message = f"attempt {row.attempt} of {settings.max_attempts}: {reason}"
             error = {"code": code, "message": message, "rows": []}
@@ -123,3 +199,72 @@ def after_end(db: Database, queue: JobQueue, job_id: str) -> None:
         fail_orphans(db, queue)
     if status in ("succeeded", "failed", "cancelled"):
         queue.forget_token(job_id)
+
+
+_OF_JOB = re.compile(r"\.?(job_[0-9a-f]{24})(?:\.([0-9a-f]{8}))?(?:\.\d+\.(?:tmp|old))?")
+_IN_CHECKPOINTS = (".staging.*", ".checkpoint-*.old", ".checkpoint-*.tmp")  # as worker.trainer and worker.files write
+
+
+def compare_disk(db: Database, settings: Settings, report: Report) -> None:
+    """Remove what ended runs left half-made or unused; tell of adapters without a folder and folders without a job.
+
+    The folders are listed before SQL is asked: what is in the list belongs to a run that had begun by then, so a job
+    that is in a final state has no live run that could have made it, nor has any run but the job's present one.
+    """
+    found = list(_leftovers(settings))
+    folders = [p for p in _entries(settings.data_dir / "jobs") if _OF_JOB.fullmatch(p.name)]
+    ids = {job_id for _, job_id, _ in found} | {p.name for p in folders}
+    jobs: dict[str, tuple[str, str]] = {}
+    kept: set[str] = set()  # names of adapters' folders that have a row
+    with db.read() as session:
+        for some in _chunks(sorted(ids)):
+            query = select(JobRow.id, JobRow.status, JobRow.run_id).where(JobRow.id.in_(some))
+            jobs |= {job_id: (status, run_id or "") for job_id, status, run_id in session.execute(query)}
+        for name, where in session.execute(select(AdapterRow.name, AdapterRow.path).where(AdapterRow.ready)):
+            folder = Path(where or "")
+            kept.add(folder.name)
+            if not folder.is_dir():
+                report.missing.append(name)
+    for path, job_id, run in found:
+        if job_id not in jobs:
+            report.unknown.append(path)
+            continue
+        status, run_id = jobs[job_id]
+        is_export = path.parent == settings.exports_dir and path.name == job_id
+        used = path.name in kept or (is_export and status == "succeeded")
+        over = status in FINAL or (run is not None and not run_id.endswith(run))
+        if over and not used:
+            shutil.rmtree(path, ignore_errors=True)
+            report.swept.append(path)
+    report.unknown += [p for p in folders if p.name not in jobs]
+    drop_unfinished(settings)
+
+
+def _leftovers(settings: Settings) -> Iterable[tuple[Path, str, str | None]]:
+    """Folders that a run may have left: (folder, job, last digits of the run's id where the name has them)."""
+    for root in (settings.adapters_dir, settings.exports_dir):
+        for path in _entries(root):
+            if match := _OF_JOB.fullmatch(path.name):
+                yield path, match[1], match[2]
+    for pattern in _IN_CHECKPOINTS:
+        for path in (settings.data_dir / "jobs").glob(f"*/checkpoints/{pattern}"):
+            yield path, path.parent.parent.name, None
+
+
+def _entries(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def _chunks(ids: list[str]) -> Iterable[list[str]]:
+    return (ids[n : n + _CHUNK] for n in range(0, len(ids), _CHUNK))
+
+
+def tell(watch: Watch, report: Report) -> None:
+    """Log what was swept, and each thing that is missing or unknown once."""
+    for path in report.swept:
+        log.info("removed what an ended run left: %s", path)
+    for name in set(report.missing) - watch.told:
+        log.error("the folder of adapter %s is gone; delete the adapter or restore it from a backup", name)
+    for path in set(report.unknown) - watch.told:
+        log.warning("no job in the database belongs to %s; it is left as it is", path)
+    watch.told = {*report.missing, *report.unknown}

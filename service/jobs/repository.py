@@ -286,8 +286,3 @@ def orphaned(session: Session) -> list[tuple[str, str, dict[str, Any] | None]]:
             error = parent.error or {"code": parent.status, "message": f"job {parent.id} was {parent.status}"}
             out.append((job_id, parent.id, error))
     return out
-
-
-def stale(session: Session, before: float) -> Sequence[JobRow]:
-    """Active jobs whose last heartbeat is older than `before` (Unix seconds)."""
-    return session.scalars(select(JobRow).where(JobRow.status.in_(ACTIVE), JobRow.heartbeat_at < before)).all()
