@@ -86,6 +86,8 @@ class Recorder:
     phases: list[str] = field(default_factory=list)
     points: dict[str, dict[int, dict[str, Any]]] = field(default_factory=lambda: {"train": {}, "eval": {}})
     records: dict[str, Any] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+    logged: list[str] = field(default_factory=list)
     present: dict[int, dict[str, Any]] = field(default_factory=dict)
     resumed_from: int | None = None
     step: int = 0
@@ -93,12 +95,14 @@ class Recorder:
     def phase(self, name: str) -> None:
         self.phases.append(name)
 
-    def log(self, message: str) -> None: ...
+    def log(self, message: str) -> None:
+        self.logged.append(message)
 
     def started(self) -> None: ...
 
     def steps(self, values: dict[str, Any]) -> None:
-        self.step = values["step"]
+        self.step = values.get("step", self.step)
+        self.values |= values
 
     def metrics(self, split: str, step: int, point: dict[str, Any]) -> None:
         self.points[split][step] = point
