@@ -35,6 +35,7 @@ from service.openai import endpoints as openai
 from service.queue import JobQueue
 from service.reconcile import reconcile
 from service.settings import Settings, get_settings
+from service.shutdown import OpenRequests, Shutdown
 from service.telemetry import Telemetry
 from service.wire import ErrorBody
 
@@ -57,6 +58,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.state.settings = settings
     app.state.registry = registry
+    app.state.shutdown = Shutdown()
     for part in (files, jobs, graphs, adapters, generate, openai, health):
         app.include_router(part.router)
     app.add_exception_handler(LorryError, _render)
@@ -67,6 +69,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(BodyLimit)
     if settings.api_key:
         app.add_middleware(BearerAuth, api_key=settings.api_key)
+    app.add_middleware(OpenRequests, shutdown=app.state.shutdown)
     app.add_middleware(Telemetry, registry=registry)  # added last, so outermost
     return app
 
@@ -82,7 +85,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.queue = queue = JobQueue(settings.redis_url, settings.queue)
     app.state.engine = engine = EngineClient(settings)
     collector = health.JobsCollector(app.state.registry, db, queue)
-    app.state.events = hub = EventHub(db)
+    app.state.events = hub = EventHub(db, app.state.registry)
+    app.state.shutdown.on_begin.append(hub.stop)
     loop = asyncio.create_task(_reconcile_forever(db, queue, settings))
     try:
         yield

@@ -18,13 +18,13 @@ from typing import Any
 import httpx
 import psycopg
 import pytest
-import uvicorn
 from fastapi import FastAPI
 
 from service.app import create_app
 from service.db import Database
 from service.migrate import upgrade
 from service.queue import JobQueue
+from service.server import Server, api_server, listen
 from service.settings import Settings
 
 pytest_plugins = ["tests.tiny"]
@@ -107,6 +107,7 @@ def make_settings(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> C
             "queue": f"q-{secrets.token_hex(6)}",
             "engine_url": f"http://127.0.0.1:{free_port()}",
             "reconcile_seconds": 0.5,
+            "heartbeat_timeout_seconds": 600,  # runs that a test makes in SQL alone have no heartbeat
         }
         return Settings(**{**defaults, **values})
 
@@ -128,29 +129,30 @@ class Api:
     settings: Settings
     db: Database
     queue: JobQueue
+    server: Server
 
 
 @contextmanager
 def serve(settings: Settings) -> Iterator[Api]:
     """Serve the API on a socket from a thread. The database must be migrated."""
     app = create_app(settings)
-    server = uvicorn.Server(
-        uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, timeout_graceful_shutdown=3, lifespan="on")
-    )
-    thread = threading.Thread(target=server.run, daemon=True)
+    server = api_server(app, settings, lifespan="on")
+    sock = listen("127.0.0.1", 0)
+    port = sock.getsockname()[1]
+    thread = threading.Thread(target=server.run, args=([sock],), daemon=True)
     thread.start()
     deadline = time.monotonic() + 20
     while not server.started:
         if not thread.is_alive() or time.monotonic() > deadline:
             raise RuntimeError("the API did not start")
         time.sleep(0.01)
-    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    url = f"http://127.0.0.1:{port}"
     db = Database(settings.sqlalchemy_url)
     queue = JobQueue(settings.redis_url, settings.queue)
     headers = {"Authorization": f"Bearer {settings.api_key}".encode()} if settings.api_key else {}
     try:
         with httpx.Client(base_url=url, headers=headers, timeout=30) as http:
-            yield Api(url, http, app, settings, db, queue)
+            yield Api(url, http, app, settings, db, queue, server)
     finally:
         server.should_exit = True
         thread.join(20)

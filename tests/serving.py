@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import uvicorn
 
 from service.db import Database
 from service.ids import new_id
 from service.models import AdapterRow, CheckpointRow, JobRow
+from service.server import Server, listen
 from service.settings import Settings
 from service.templates import StoredTemplate
 
@@ -87,6 +87,7 @@ class EngineServer:
     url: str
     http: httpx.Client
     engine: Any
+    server: Server
 
     def complete(self, **body: Any) -> dict[str, Any]:
         """POST /v1/completions; greedy and of the base unless said otherwise."""
@@ -118,17 +119,18 @@ def engine_settings(base: Path, **values: Any) -> Settings:
 @contextmanager
 def serve_engine(settings: Settings) -> Iterator[EngineServer]:
     """A real engine on a real socket."""
-    from worker.engine.server import build_engine, create_app
+    from worker.engine.server import build_engine, create_app, engine_server
 
     engine = build_engine(settings)
-    server = uvicorn.Server(uvicorn.Config(create_app(engine), host="127.0.0.1", port=0, log_config=None))
-    thread = threading.Thread(target=server.run, daemon=True)
+    server = engine_server(create_app(engine), engine, settings)
+    sock = listen("127.0.0.1", 0)
+    url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+    thread = threading.Thread(target=server.run, args=([sock],), daemon=True)
     thread.start()
     until(lambda: server.started, 20)
-    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     try:
         with httpx.Client(base_url=url, timeout=60) as http:
-            yield EngineServer(url, http, engine)
+            yield EngineServer(url, http, engine, server)
     finally:
         server.should_exit = True
         thread.join(20)

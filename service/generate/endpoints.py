@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack
 from typing import Any
 
-import anyio
 from fastapi import APIRouter, Request, Response
-from sse_starlette import EventSourceResponse
-from starlette.background import BackgroundTask
 
 from service.db import Database
 from service.deps import DbDep, SettingsDep
@@ -22,9 +19,10 @@ from service.generate.schemas import GenerateRequest, GenerateResponse
 from service.ids import new_id
 from service.json_body import Writable
 from service.openai.wire import Piece, compact
+from service.shutdown import stopping
+from service.sse import EventStream
 
 router = APIRouter(tags=["generate"])
-DRAIN_SECONDS = 10.0  # how long a stream may go on once the API was told to stop
 
 _EVENTS = {
     "description": "JSON, or with stream=true server-sent events: `token` {index, text}, then one `done` with the JSON "
@@ -57,14 +55,11 @@ async def generate(body: GenerateRequest, request: Request, db: DbDep, settings:
                 return await unless_gone(request, _whole(gen_id, body, generation))
     except ClientGone:
         return Response(status_code=499)
-    return EventSourceResponse(
+    return EventStream(
         _stream(gen_id, body, generation, stack),
-        sep="\n",
         ping=settings.sse_ping_seconds,
-        shutdown_event=anyio.Event(),
-        shutdown_grace_period=DRAIN_SECONDS,
-        # For a client that left before the stream began: its generator never runs, so it cannot close the engine's.
-        background=BackgroundTask(stack.aclose),
+        farewell=_event("error", stopping().body()),
+        cleanup=stack.aclose,  # for a client that left before the stream began
     )
 
 
@@ -83,7 +78,7 @@ async def _whole(gen_id: str, body: GenerateRequest, generation: Generation) -> 
 
 async def _stream(
     gen_id: str, body: GenerateRequest, generation: Generation, stack: AsyncExitStack
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     whole = Piece(0)
     index = 0
     async with stack:

@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import AsyncExitStack
 from typing import Annotated, Any, Literal
 
-import anyio
 from fastapi import APIRouter, Path, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from sqlalchemy import select
-from sse_starlette import EventSourceResponse
-from starlette.background import BackgroundTask
 
 from service.db import Database
 from service.deps import DbDep, SettingsDep
 from service.disconnect import ClientGone, unless_gone
 from service.engine_client import EngineClient, Generation
 from service.errors import LorryError, NotFound
-from service.generate.endpoints import DRAIN_SECONDS
 from service.generate.service import EngineCall, Source, base_source, engine_call, find, finish_reason
 from service.ids import new_id
 from service.json_body import Writable
 from service.models import AdapterRow
 from service.openai.schemas import ChatCompletionRequest, CompletionRequest, SamplingBody
 from service.openai.wire import DONE, ChatWriter, CompletionWriter, Piece, Writer, event
+from service.shutdown import stopping
+from service.sse import EventStream
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 _STREAM: dict[int | str, dict[str, Any]] = {
@@ -172,13 +170,11 @@ async def _respond(
     except ClientGone:
         return Response(status_code=499)
     include_usage = body.stream_options is not None and body.stream_options.include_usage
-    return EventSourceResponse(
+    return EventStream(
         _chunks(generation, writer, choices, include_usage, stack),
-        sep="\n",
         ping=ping,
-        shutdown_event=anyio.Event(),
-        shutdown_grace_period=DRAIN_SECONDS,
-        background=BackgroundTask(stack.aclose),  # for a client that left before the stream began
+        farewell=event(stopping().body()) + DONE,
+        cleanup=stack.aclose,  # for a client that left before the stream began
     )
 
 
@@ -193,7 +189,7 @@ async def _whole(generation: Generation, writer: Writer, choices: int) -> dict[s
 
 async def _chunks(
     generation: Generation, writer: Writer, choices: int, include_usage: bool, stack: AsyncExitStack
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     async with stack:
         try:
             for first in writer.first(range(choices)):

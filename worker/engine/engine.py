@@ -29,6 +29,11 @@ class EngineFailed(LorryError):
     status, type, code = 500, "server_error", "engine_failed"
 
 
+def shutting_down() -> Unavailable:
+    """The error of a request that the engine's end refuses or cuts short."""
+    return Unavailable("the engine is shutting down", retry_after=10, code="shutting_down")
+
+
 class RequestStream:
     """The loop's end of a request. Deltas nobody has fetched yet are joined, so a slow reader costs one delta of memory."""
 
@@ -88,7 +93,7 @@ class Engine:
         self._live: dict[str, _Live] = {}  # the thread's own
         self._new: list[_Live] = []
         self._aborted: list[Request] = []
-        self._failure: str | None = None
+        self._failure: LorryError | None = None
         self._stopping = False
         self._wake = threading.Condition()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -110,7 +115,7 @@ class Engine:
             if self.fatal is not None:
                 raise EngineFailed(f"the engine has failed: {self.fatal}")
             if self.draining:
-                raise Unavailable("the engine is shutting down", retry_after=10, code="shutting_down")
+                raise shutting_down()
             places = self.scheduler.max_batch + self.scheduler.max_queue
             if len(requests) > places:
                 raise Invalid(
@@ -138,10 +143,10 @@ class Engine:
             self._aborted.append(request)
             self._wake.notify()
 
-    def fail_open(self, message: str) -> None:
-        """End every open request with an error."""
+    def fail_open(self, error: LorryError) -> None:
+        """End every open request with this error, before the next step."""
         with self._wake:
-            self._failure = message
+            self._failure = error
             self._wake.notify()
 
     def stop(self, timeout: float = 10.0) -> None:
@@ -166,8 +171,8 @@ class Engine:
                 self.fatal = error
                 waiting = [*self._live.values(), *self._new]
                 self._new = []
-            message = f"the engine failed: {type(error).__name__}: {error}"
-            self._hand_over([(live.stream, self._end(live, "error", message)) for live in waiting])
+            failure = EngineFailed(f"the engine failed: {type(error).__name__}: {error}")
+            self._hand_over([(live.stream, self._end(live, "error", failure)) for live in waiting])
             self._call(self._on_fatal)
 
     def _intake(self) -> bool:
@@ -219,9 +224,8 @@ class Engine:
         """Add a token to a request and end it if the token, its text or the length says so."""
         request, params = live.request, live.request.params
         if sampled.token_id is None:
-            return live.stream, self._end(
-                live, "error", "the model's output is not a number; the adapter or the base is damaged"
-            )
+            damaged = EngineFailed("the model's output is not a number; the adapter or the base is damaged")
+            return live.stream, self._end(live, "error", damaged)
         token = sampled.token_id
         request.output_ids.append(token)
         if request.first_token_at is None:
@@ -244,7 +248,7 @@ class Engine:
             return live.stream, self._end(live, "length", delta=delta)
         return live.stream, delta
 
-    def _end(self, live: _Live, reason: Any, error: str | None = None, *, delta: Delta | None = None) -> Delta:
+    def _end(self, live: _Live, reason: Any, error: LorryError | None = None, *, delta: Delta | None = None) -> Delta:
         """Free a request's place and memory, and close its last delta."""
         request = live.request
         self.scheduler.finish(request)

@@ -5,21 +5,23 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request as HttpRequest
 from fastapi import Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 
+from service.disconnect import ClientGone, unless_gone
 from service.errors import Invalid, LorryError
 from service.openai.schemas import ChatCompletionRequest, CompletionRequest, SamplingBody
 from service.openai.wire import DONE, Piece, TokenInfo, Usage, Writer, event
+from service.sse import EventStream
 from service.templates import StoredTemplate, render_generation
 from worker.engine.adapters import Adapter
 from worker.engine.detokenize import token_text
-from worker.engine.engine import Engine, EngineFailed, RequestStream
+from worker.engine.engine import Engine, RequestStream, shutting_down
 from worker.engine.request import Delta, Request, SamplingParams
 
 
@@ -179,29 +181,18 @@ async def respond(engine: Engine, job: Job, writer: Writer, body: SamplingBody, 
     if body.stream:
         include_usage = body.stream_options is not None and body.stream_options.include_usage
         chunks = _chunks(engine, job, streams, writer, logprobs, include_usage)
-        return StreamingResponse(
-            chunks, media_type="text/event-stream", headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        )
-    work = asyncio.ensure_future(_gather(job, streams, logprobs))
-    gone = asyncio.ensure_future(_disconnected(http))
+        farewell = event(shutting_down().body()) + DONE
+        return EventStream(chunks, ping=None, farewell=farewell, cleanup=lambda: _abort(engine, streams))
     try:
-        await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            return Response(status_code=499)  # nobody reads it
-        pieces, usage, timings = work.result()
-        return JSONResponse(writer.answer(pieces, usage, {"lorry": timings}))
+        pieces, usage, timings = await unless_gone(http, _gather(job, streams, logprobs))
+    except ClientGone:
+        return Response(status_code=499)  # nobody reads it
     finally:
-        work.cancel()
-        gone.cancel()
-        _abort(engine, streams)
+        await _abort(engine, streams)
+    return JSONResponse(writer.answer(pieces, usage, {"lorry": timings}))
 
 
-async def _disconnected(http: HttpRequest) -> None:
-    while (await http.receive())["type"] != "http.disconnect":
-        pass
-
-
-def _abort(engine: Engine, streams: list[RequestStream]) -> None:
+async def _abort(engine: Engine, streams: list[RequestStream]) -> None:
     for stream in streams:
         engine.abort(stream.request)
 
@@ -217,7 +208,7 @@ async def _gather(
         while whole.finish_reason is None:
             whole.extend(await stream.get())
         if whole.error is not None:
-            raise EngineFailed(whole.error)
+            raise whole.error
         usage.completion_tokens += len(whole.token_ids)
         timings = whole.timings if index == 0 and whole.timings else timings
         pieces.append(_piece(job, index, whole, logprobs))
@@ -226,7 +217,7 @@ async def _gather(
 
 async def _chunks(
     engine: Engine, job: Job, streams: list[RequestStream], writer: Writer, logprobs: bool, include_usage: bool
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     usage = Usage(job.prompt_tokens)
     timings: dict[str, float] = {}
     held: dict[int, Delta] = {}  # tokens whose text is not there yet travel with the next text
@@ -235,7 +226,7 @@ async def _chunks(
             yield event(first)
         async for index, delta in _merge(streams):
             if delta.error is not None:
-                raise EngineFailed(delta.error)
+                raise delta.error
             usage.completion_tokens += len(delta.token_ids)
             if index in held:
                 earlier = held.pop(index)
@@ -254,8 +245,6 @@ async def _chunks(
     except LorryError as error:
         yield event(error.body())
         yield DONE
-    finally:
-        _abort(engine, streams)
 
 
 async def _merge(streams: list[RequestStream]) -> AsyncIterator[tuple[int, Delta]]:

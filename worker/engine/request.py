@@ -7,6 +7,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from service.errors import LorryError
+
 GREEDY_BELOW = 1e-5  # as in vLLM: no draw at such a temperature differs from the likeliest token
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -63,7 +65,7 @@ class Delta:
     offsets: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
-    error: str | None = None
+    error: LorryError | None = None
     timings: dict[str, float] | None = None
 
     def extend(self, other: Delta) -> None:
