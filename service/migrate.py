@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import fcntl
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sqlalchemy import create_engine, inspect, text
 from sqlalchemy.engine import make_url
 
+from service.locks import exclusive
+
 if TYPE_CHECKING:  # Alembic is brought in by those who migrate: it would be an eighth of the API's start
     from alembic.config import Config
 
 _MIGRATIONS = Path(__file__).parent.parent / "migrations"
 _REVISION = re.compile(r"""^(revision|down_revision) = ['"](\w+)['"]""", re.MULTILINE)
-
-_ADVISORY_LOCK = 0x6C6F727279  # "lorry"
 
 
 def config(url: str) -> Config:
@@ -34,14 +31,14 @@ def upgrade(url: str, revision: str = "head") -> None:
     """Bring the database to `revision`; creates the SQLite file's folder. Safe to call from several processes."""
     from alembic import command
 
-    with _lock(url):
+    with exclusive(url, "migrate"):
         command.upgrade(config(url), revision)
 
 
 def downgrade(url: str, revision: str) -> None:
     from alembic import command
 
-    with _lock(url):
+    with exclusive(url, "migrate"):
         command.downgrade(config(url), revision)
 
 
@@ -68,24 +65,3 @@ def head() -> str:
             named[kind].add(revision)
     (newest,) = named["revision"] - named["down_revision"]
     return newest
-
-
-@contextmanager
-def _lock(url: str) -> Iterator[None]:
-    parsed = make_url(url)
-    if parsed.get_backend_name() == "sqlite":
-        path = Path(parsed.database or "lorry.db")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path.with_suffix(".migrate-lock"), "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-        return
-    engine = create_engine(url)
-    try:
-        with engine.connect() as connection:
-            connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": _ADVISORY_LOCK})
-            connection.commit()  # the lock belongs to the session and stays
-            yield
-            connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": _ADVISORY_LOCK})
-    finally:
-        engine.dispose()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
@@ -27,12 +27,17 @@ def lock(session: Session, name: str) -> AdapterRow | None:
 
 def needed_by(session: Session, row: AdapterRow) -> str | None:
     """Id of an unfinished job that starts from this adapter, or from one of its checkpoints, or exports it."""
+    return job_that_names(session, (row.name, row.job_id), but=row.job_id)
+
+
+def job_that_names(session: Session, names: Iterable[str], *, but: str) -> str | None:
+    """Id of an unfinished job, other than `but`, whose spec refers to one of these adapters or to a checkpoint of it."""
     refs = [JobRow.spec[("init", "adapter")].as_string(), JobRow.spec["adapter"].as_string()]
     uses = []
-    for source in (row.name, row.job_id):
+    for source in names:
         for ref in refs:
             uses += [ref == source, ref.like(f"{_literal(source)}@%", escape="\\")]
-    query = select(JobRow.id).where(JobRow.status.not_in(FINAL), JobRow.id != row.job_id, or_(*uses))
+    query = select(JobRow.id).where(JobRow.status.not_in(FINAL), JobRow.id != but, or_(*uses))
     return session.scalar(query.limit(1))
 
 

@@ -50,11 +50,14 @@ def resolve(session: Session, ref: str) -> Resolved:
     return Resolved(ref, name, row.step, Path(row.path), row.template, row.base, row)
 
 
-def checkpoint_of(session: Session, job: JobRow, name: str, step: str) -> CheckpointRow:
-    """A job's checkpoint by the step as text; `name` is for the message. Raises NotFound (adapter_not_found)."""
+def checkpoint_of(session: Session, job: JobRow, name: str, step: str, *, hold: bool = False) -> CheckpointRow:
+    """A job's checkpoint by the step as text; `name` is for the message. Raises NotFound (adapter_not_found).
+
+    With `hold` it is not let go (service.retention) before the transaction's end.
+    """
     if not (step.isascii() and step.isdecimal() and len(step) <= 10 and int(step) <= _MAX_STEP):
         raise _missing(f"'{name}@{step}' is no checkpoint: a checkpoint is named adapter@step")
-    checkpoint = session.get(CheckpointRow, (job.id, int(step)))
+    checkpoint = session.get(CheckpointRow, (job.id, int(step)), with_for_update={"read": True} if hold else None)
     if checkpoint is None:
         have = select(CheckpointRow.step).where(CheckpointRow.job_id == job.id).order_by(CheckpointRow.step)
         steps = ", ".join(map(str, session.scalars(have))) or "none"

@@ -102,7 +102,7 @@ def _find(session: Session, ref: str, after: dict[str, JobRow], param: str) -> P
     awaited = job.id in after and job.status not in FINAL
     if at and not awaited:
         try:
-            checkpoint_of(session, job, name, step)
+            checkpoint_of(session, job, name, step, hold=True)
         except LorryError as error:
             raise NotFound(f"{param}: {error.message}", param=param, code=error.code) from error
     elif not at and not awaited and not (row and row.ready):

@@ -1,0 +1,334 @@
+"""What is let go as time passes: found by plan(), removed by remove(), which looks again under the rows' locks.
+
+Nothing that an unfinished job, an adapter or an accepted export needs is ever touched. Where a thing has a row and files
+the row goes first: a crash in between leaves files without a row, which a later pass finds, never a row without its
+files. One process at a time prunes; a file lock or advisory lock sees to that (service.locks).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+from sqlalchemy import Text, cast, delete, func, select, update
+from sqlalchemy.orm import Session
+
+from service.adapters import repository as adapters
+from service.db import Database
+from service.errors import Conflict, NotFound
+from service.files import service as files
+from service.jobs.states import FINAL
+from service.locks import exclusive
+from service.models import AdapterRow, CheckpointRow, EventRow, FileRow, JobRow
+from service.settings import Settings
+
+log = logging.getLogger("lorry.retention")
+_DAY = 86_400.0
+_ORPHAN_DAYS = 1.0  # a file without a row may be on its way to one
+_EVENTS_AT_ONCE = 5_000  # rows of one transaction: others want to write, too
+# Of a checkpoint, what only a resumed run reads. The rest is the adapter and what tells of it.
+RESUME_FILES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing to let go."""
+
+    kind: str  # one of REASONS
+    ref: str  # file, job@step, or job
+    bytes: int
+    paths: tuple[Path, ...] = ()
+
+
+REASONS = {
+    "optimizer state": "checkpoints of jobs that ended over LORRY_KEEP_OPTIMIZER_DAYS ago",
+    "checkpoint": "jobs that ended over LORRY_KEEP_CHECKPOINTS_DAYS (failed: LORRY_KEEP_FAILED_DAYS) ago",
+    "refused export": "jobs that ended over LORRY_KEEP_FAILED_DAYS ago",
+    "upload": "unused for over LORRY_KEEP_UPLOADS_DAYS",
+    "events": "jobs that ended over LORRY_KEEP_EVENTS_DAYS ago; status events stay",
+    "log": "log and TensorBoard files of jobs that ended over LORRY_KEEP_LOGS_DAYS ago",
+    "orphan": "files that have lost their row",
+}
+
+
+@dataclass
+class Pruned:
+    """What a pass did."""
+
+    gone: list[Item] = field(default_factory=list)
+    kept: list[Item] = field(default_factory=list)  # something came to need it between the look and the deed
+
+    @property
+    def bytes(self) -> int:
+        return sum(item.bytes for item in self.gone)
+
+
+def prune(db: Database, settings: Settings, *, stop: Callable[[], bool] = lambda: False) -> Pruned | None:
+    """Find and remove what the settings let go; None if another process is at it."""
+    with exclusive(settings.sqlalchemy_url, "prune", wait=False) as mine:
+        if not mine:
+            return None
+        report = Pruned()
+        for item in plan(db, settings):
+            if stop():
+                break
+            (report.gone if remove(db, settings, item) else report.kept).append(item)
+        if report.gone:
+            log.info("let go of %d things, %d bytes", len(report.gone), report.bytes)
+        return report
+
+
+async def prune_forever(db: Database, settings: Settings) -> None:
+    """In an API process: a pass every LORRY_PRUNE_SECONDS, the first a minute after the start. Ends when cancelled."""
+    ended = False
+    await asyncio.sleep(min(60.0, settings.prune_seconds))
+    try:
+        while True:
+            try:
+                await asyncio.to_thread(prune, db, settings, stop=lambda: ended)
+            except Exception:  # the database may be away for a while; the next pass tries again
+                log.exception("prune failed, will try again in %g s", settings.prune_seconds)
+            await asyncio.sleep(settings.prune_seconds)
+    finally:
+        ended = True  # cancelling does not reach the thread
+
+
+# Finding
+
+
+def plan(db: Database, settings: Settings, now: float | None = None) -> list[Item]:
+    """What could go now, in the order in which it would."""
+    now = time.time() if now is None else now
+    held = loaded(settings)
+    with db.read() as session:
+        return [
+            *_uploads(session, settings, now),
+            *_checkpoints(session, settings, now, held),
+            *_refused(session, settings, now),
+            *_logs(session, settings, now),
+            *_events(session, settings, now),
+            *_orphans(session, settings, now),
+        ]
+
+
+def loaded(settings: Settings) -> frozenset[str]:
+    """Names the engine holds; none if it does not answer: then it serves nothing."""
+    try:
+        answer = httpx.get(f"{settings.engine_url.rstrip('/')}/v1/models", timeout=2, trust_env=False)
+        return frozenset(str(card["id"]) for card in answer.raise_for_status().json()["data"])
+    except (httpx.HTTPError, ValueError, KeyError, TypeError):
+        return frozenset()
+
+
+def _uploads(session: Session, settings: Settings, now: float) -> Iterator[Item]:
+    before = now - settings.keep_uploads_days * _DAY
+    old = session.scalars(select(FileRow).where(FileRow.created_at < before).order_by(FileRow.id)).all()
+    if not old:
+        return
+    recent = JobRow.status.not_in(FINAL) | (JobRow.finished_at >= before)
+    still: set[str | None] = set()
+    for name in ("file_id", "eval_file_id"):
+        file_id = JobRow.spec[("dataset", name)].as_string()
+        still |= set(session.scalars(select(file_id).where(JobRow.kind != "export", recent)))
+    for row in old:
+        if row.id not in still:
+            yield Item("upload", row.id, row.bytes, (files.file_path(settings, row),))
+
+
+def _checkpoints(session: Session, settings: Settings, now: float, held: Collection[str]) -> Iterator[Item]:
+    """Whole checkpoints of jobs that ended long ago, else the optimizer states of those that ended."""
+    days = {"succeeded": settings.keep_checkpoints_days}
+    ended = (
+        select(CheckpointRow, JobRow.status, JobRow.finished_at)
+        .join(JobRow, JobRow.id == CheckpointRow.job_id)
+        .where(JobRow.status.in_(FINAL), JobRow.finished_at.is_not(None))
+        .order_by(CheckpointRow.job_id, CheckpointRow.step)
+    )
+    for row, status, finished in session.execute(ended).all():
+        assert finished is not None
+        path, ref = Path(row.path), f"{row.job_id}@{row.step}"
+        age = (now - finished) / _DAY
+        if age > days.get(status, settings.keep_failed_days) and not needed(session, row, held):
+            yield Item("checkpoint", ref, row.bytes, (path,))
+        elif age > settings.keep_optimizer_days:
+            present = tuple(p for p in (path / name for name in RESUME_FILES) if p.is_file())
+            if present:
+                yield Item("optimizer state", ref, sum(_size(p) for p in present), present)
+
+
+def needed(session: Session, row: CheckpointRow, held: Collection[str] = ()) -> bool:
+    """Whether something relies on a checkpoint of a finished job.
+
+    That is: its job's adapter is pinned, an adapter was made from it, an unfinished job names it, or (`held`) the engine
+    has it loaded.
+    """
+    own = session.scalar(select(AdapterRow).where(AdapterRow.job_id == row.job_id))
+    if own is not None and own.pinned:
+        return True
+    names = [row.job_id, *([own.name] if own is not None else [])]
+    if adapters.job_that_names(session, names, but=row.job_id):
+        return True
+    starts = [AdapterRow.parent.startswith(f"{name}@", autoescape=True) for name in names]
+    parents = session.scalars(select(AdapterRow.parent).where(starts[0] if len(starts) == 1 else starts[0] | starts[1]))
+    mine = {(name, row.step) for name in names}
+    return any(_split(ref) in mine for ref in [*parents, *held])
+
+
+def _refused(session: Session, settings: Settings, now: float) -> Iterator[Item]:
+    """Exports that failed their verification, kept aside for a look."""
+    folders = {p.name.removesuffix(".rejected"): p for p in _entries(settings.exports_dir) if p.suffix == ".rejected"}
+    for job_id in _ended(session, folders, now - settings.keep_failed_days * _DAY):
+        yield Item("refused export", job_id, _size(folders[job_id]), (folders[job_id],))
+
+
+def _logs(session: Session, settings: Settings, now: float) -> Iterator[Item]:
+    folders = {p.name: p for p in _entries(settings.data_dir / "jobs")}
+    for job_id in _ended(session, folders, now - settings.keep_logs_days * _DAY):
+        present = tuple(p for p in (folders[job_id] / n for n in ("log.txt", "tensorboard")) if p.exists())
+        if present:
+            yield Item("log", job_id, sum(_size(p) for p in present), present)
+
+
+def _events(session: Session, settings: Settings, now: float) -> Iterator[Item]:
+    query = (
+        select(EventRow.job_id, func.sum(func.length(cast(EventRow.data, Text))))
+        .join(JobRow, JobRow.id == EventRow.job_id)
+        .where(
+            JobRow.status.in_(FINAL),
+            JobRow.finished_at < now - settings.keep_events_days * _DAY,
+            EventRow.type != "status",
+        )
+        .group_by(EventRow.job_id)
+        .order_by(EventRow.job_id)
+    )
+    for job_id, size in session.execute(query):
+        yield Item("events", job_id, int(size))
+
+
+def _orphans(session: Session, settings: Settings, now: float) -> Iterator[Item]:
+    """Files whose row went before a crash."""
+    before = now - _ORPHAN_DAYS * _DAY
+    uploads = [p for p in _entries(settings.files_dir) if p.name.startswith("file-") and _mtime(p) < before]
+    folders = [p for p in settings.data_dir.glob("jobs/*/checkpoints/checkpoint-*") if _mtime(p) < before]
+    if not uploads and not folders:
+        return
+    known = set(session.scalars(select(FileRow.id)))
+    for path in sorted(uploads):
+        if path.name.partition(".")[0] not in known:
+            yield Item("orphan", path.name, _size(path), (path,))
+    over = set(_ended(session, {p.parent.parent.name for p in folders}, before))
+    rows = {
+        (job_id, f"checkpoint-{step}")
+        for job_id, step in session.execute(select(CheckpointRow.job_id, CheckpointRow.step))
+    }
+    for path in sorted(folders):
+        job_id = path.parent.parent.name
+        if job_id in over and (job_id, path.name) not in rows:
+            yield Item("orphan", f"{job_id}/{path.name}", _size(path), (path,))
+
+
+def _ended(session: Session, ids: Collection[str], before: float) -> list[str]:
+    """Those of these jobs that ended before."""
+    out: list[str] = []
+    ordered = sorted(ids)
+    for n in range(0, len(ordered), 500):
+        some = JobRow.id.in_(ordered[n : n + 500])
+        query = select(JobRow.id).where(some, JobRow.status.in_(FINAL), JobRow.finished_at < before)
+        out += session.scalars(query.order_by(JobRow.id))
+    return out
+
+
+# Removing
+
+
+def remove(db: Database, settings: Settings, item: Item) -> bool:
+    """Let one thing go, unless something has come to need it; whether it went."""
+    match item.kind:
+        case "upload":
+            try:
+                files.delete(db, settings, item.ref)
+            except Conflict:
+                return False
+            except NotFound:  # a client deleted it meanwhile
+                pass
+        case "checkpoint":
+            return _remove_checkpoint(db, item)
+        case "optimizer state":
+            _remove_files(item)
+            job_id, step = _split(item.ref)
+            row = (CheckpointRow.job_id == job_id, CheckpointRow.step == step)
+            with db.write() as session:
+                session.execute(update(CheckpointRow).where(*row).values(bytes=_size(item.paths[0].parent)))
+        case "events":
+            _remove_events(db, item.ref)
+        case _:  # files alone, of jobs in a state that is final
+            _remove_files(item)
+    return True
+
+
+def _remove_checkpoint(db: Database, item: Item) -> bool:
+    with db.write() as session:
+        # Held before the look: a job that would start from it has either been stored by now, or will find no row.
+        row = session.get(CheckpointRow, _split(item.ref), with_for_update=True)
+        if row is None:
+            return False
+        if needed(session, row):
+            return False
+        session.delete(row)
+    _remove_files(item)
+    return True
+
+
+def _remove_events(db: Database, job_id: str) -> None:
+    chosen = select(EventRow.seq).where(EventRow.job_id == job_id, EventRow.type != "status")
+    while True:
+        with db.write() as session:
+            some = session.scalars(chosen.order_by(EventRow.seq).limit(_EVENTS_AT_ONCE)).all()
+            if not some:
+                return
+            session.execute(
+                delete(EventRow).where(EventRow.job_id == job_id, EventRow.type != "status", EventRow.seq <= some[-1])
+            )
+
+
+def _remove_files(item: Item) -> None:
+    for path in item.paths:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _split(ref: str) -> tuple[str, int | None]:
+    """`name@step` as (name, step)."""
+    name, _, step = ref.partition("@")
+    return name, int(step) if step.isascii() and step.isdecimal() else None
+
+
+def _entries(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def _mtime(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # gone meanwhile
+        return float("inf")
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or of all files of a folder; what vanishes meanwhile counts for nothing."""
+    total = 0
+    for one in path.rglob("*") if path.is_dir() else [path]:
+        try:
+            if one.is_file():
+                total += one.stat().st_size
+        except OSError:
+            continue
+    return total
