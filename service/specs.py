@@ -50,6 +50,21 @@ def check_adapter_ref(ref: str) -> str:
     return ref
 
 
+_REPO_NAME = re.compile(r"\w|\w[\w.-]{0,94}\w", re.ASCII)
+
+
+def check_repo_id(repo_id: str) -> str:
+    """Accept owner/name by the hub's rules for both (huggingface_hub.utils.validate_repo_id). Raises ValueError."""
+    parts = repo_id.split("/")
+    if len(parts) != 2 or not all(_REPO_NAME.fullmatch(part) for part in parts):
+        raise ValueError(
+            "owner/name, each 1 to 96 letters, digits, '-', '_' or '.', neither beginning nor ending with '-' or '.'"
+        )
+    if "--" in repo_id or ".." in repo_id or repo_id.endswith(".git"):
+        raise ValueError("a repository's id holds no '--' and no '..', and does not end with '.git'")
+    return repo_id
+
+
 AdapterName = Annotated[str, AfterValidator(check_adapter_name)]
 AdapterRef = Annotated[str, AfterValidator(check_adapter_ref)]
 
@@ -267,8 +282,30 @@ class InitSpec(Spec):
 class HubSpec(Spec):
     """Where to push."""
 
-    repo_id: str = Field(pattern=r"^[\w.-]+/[\w.-]+$", description="owner/name.")
-    private: bool = Field(True, description="Create the repository as private.")
+    repo_id: Annotated[str, AfterValidator(check_repo_id)] = Field(description="owner/name of a model repository.")
+    private: bool = Field(
+        True,
+        description="Make the repository private if it does not exist; an existing one must not be public then.",
+    )
+    revision: str | None = Field(
+        None,
+        max_length=200,
+        pattern=r"^[A-Za-z0-9_][A-Za-z0-9_./-]*$",
+        description="Branch to push to; made from main if it does not exist. Default: main.",
+    )
+
+
+def check_metadata(metadata: dict[str, str]) -> dict[str, str]:
+    """Accept what OpenAI's metadata may hold. Raises ValueError."""
+    if len(metadata) > 16:
+        raise ValueError("at most 16 pairs")
+    for key, value in metadata.items():
+        if not 1 <= len(key) <= 64 or len(value) > 512 or "\0" in key + value:
+            raise ValueError(f"{key[:64]!r}: keys are 1 to 64 characters, values at most 512, without NUL")
+    return metadata
+
+
+Metadata = Annotated[dict[str, str], AfterValidator(check_metadata)]
 
 
 class JobSpec(Spec):
@@ -277,7 +314,10 @@ class JobSpec(Spec):
         max_length=64,
         description="Ids of jobs that must succeed first; if one fails, this one fails with its reason.",
     )
-    push_to_hub: HubSpec | None = Field(None, description="Push the result to a hub.")
+    push_to_hub: HubSpec | None = Field(
+        None,
+        description="Push the result, with a model card, to a model repository. The token is the request's X-HF-Token header, else the worker's HF_TOKEN.",
+    )
 
 
 class TrainSpec(JobSpec):

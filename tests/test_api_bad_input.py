@@ -125,7 +125,8 @@ CPT: list[tuple[dict[str, Any], int, str, str]] = [
     ({"after": ["$failed"]}, 409, "parent_failed", "after.0"),
     ({"after": ["$done"] * 65}, 422, "invalid_value", "after"),
     ({"push_to_hub": {"repo_id": "no-owner"}}, 422, "invalid_value", "push_to_hub.repo_id"),
-    ({"push_to_hub": {"repo_id": "owner/name"}}, 422, "not_supported", "push_to_hub"),
+    ({"push_to_hub": {"repo_id": "owner/na--me"}}, 422, "invalid_value", "push_to_hub.repo_id"),
+    ({"push_to_hub": {"repo_id": "owner/name", "revision": "-b"}}, 422, "invalid_value", "push_to_hub.revision"),
     ({"dataset.template.prompt": "{text}\ud800"}, 422, "invalid_value", "dataset.template.prompt"),
     ({"dataset.template.prompt": "{text}\0"}, 422, "invalid_value", "dataset.template.prompt"),
     ({"dataset.path": "org/\udfff"}, 422, "invalid_value", "dataset.path"),
@@ -165,7 +166,8 @@ EXPORT: list[tuple[dict[str, Any], int, str, str]] = [
     ({"format": "gguf"}, 422, "not_supported", "format"),
     ({"format": "merged_4bit"}, 422, "not_supported", "format"),
     ({"quantization_method": "q4_k_m"}, 422, "invalid_value", "quantization_method"),
-    ({"push_to_hub": {"repo_id": "owner/name"}}, 422, "not_supported", "push_to_hub"),
+    ({"push_to_hub": {"repo_id": "https://hub/owner/name"}}, 422, "invalid_value", "push_to_hub.repo_id"),
+    ({"push_to_hub": {"repo_id": "owner/name", "token": "hf_x"}}, 422, "unknown_field", "push_to_hub.token"),
     ({"training": {}}, 422, "unknown_field", "training"),
 ]
 

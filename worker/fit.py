@@ -19,6 +19,7 @@ from worker.data import Prepared
 from worker.files import folder_bytes, whole_folder
 from worker.optimizer import check_optimizer
 from worker.outcome import Ask, Context, Interrupted, Outcome, check
+from worker.push import push_adapter
 from worker.verify_math import next_token_logprobs
 
 PROBE_ROWS, PROBE_TOKENS = 16, 128
@@ -61,6 +62,7 @@ def fit(spec: CptSpec | IftSpec, build: Build, tokenizer: Any, data: Prepared, c
         result["verification"] = verify.reload_and_compare(
             path, spec.model, context.paths.base, trained.ids, trained.logprobs, tokenizer, **context.hub
         )
+        failure = push_adapter(path, spec, context, result) if spec.push_to_hub else None
     except BaseException:
         shutil.rmtree(path, ignore_errors=True)  # no row will name it
         raise
@@ -72,7 +74,7 @@ def fit(spec: CptSpec | IftSpec, build: Build, tokenizer: Any, data: Prepared, c
         "template": data.template.model_dump(),
         "config": adapter_io.describe(path),
     }
-    return Outcome("done", result=result, adapter=adapter)
+    return Outcome("done", result=result, adapter=adapter, failure=failure)
 
 
 def train_and_save(

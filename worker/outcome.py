@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from service.errors import JobFailure
 from service.settings import Settings
 
 Ask = Literal["pause", "cancel", "stop"]
@@ -67,7 +68,7 @@ class Context:
     progress: Progress
     settings: Settings
     about: dict[str, Any]  # written beside the weights as lorry_adapter.json
-    token: str | None  # opens gated hub repositories
+    token: str | None = field(repr=False)  # opens gated hub repositories, and those that are pushed to
 
     @property
     def checkpoints(self) -> Path:
@@ -86,6 +87,7 @@ class Outcome:
     result: dict[str, Any] = field(default_factory=dict)
     adapter: dict[str, Any] = field(default_factory=dict)  # columns of the adapter's row
     artifacts: list[dict[str, Any]] = field(default_factory=list)  # path, bytes, sha256
+    failure: JobFailure | None = None  # what failed once all the above was good: it is kept, and the job fails
 
 
 def check(progress: Progress) -> None:

@@ -71,7 +71,7 @@ class SqlProgress:
         persist(self.db, write)
 
     def steps(self, values: dict[str, Any]) -> None:
-        last = values["step"] >= values["total_steps"]
+        last = "step" in values and values["step"] >= values["total_steps"]
         self._progress = {**self._progress, **finite(values)}
         if last or time.monotonic() - self._written >= PROGRESS_SECONDS:
             self._write_progress()

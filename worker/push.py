@@ -12,6 +12,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,13 +25,13 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, se
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import logging as hub_logging
-from huggingface_hub.utils import parse_ratelimit_headers
-from huggingface_hub.utils._http import default_client_factory
+from huggingface_hub.utils._http import default_client_factory, parse_ratelimit_headers
 
 from service.errors import JobFailure
 from service.jobs.repository import Fenced
-from service.specs import HubSpec
-from worker.outcome import Interrupted, Progress
+from service.specs import CptSpec, HubSpec, IftSpec
+from worker.files import list_files, write_json
+from worker.outcome import Context, Interrupted, Progress
 
 log = logging.getLogger("lorry.worker")
 MANIFEST = "manifest.json"
@@ -84,6 +85,55 @@ def push(folder: Path, spec: HubSpec, token: str | None, progress: Progress) -> 
     }
 
 
+def push_result(folder: Path, spec: HubSpec, context: Context, result: dict[str, Any], kept: str) -> JobFailure | None:
+    """Push what a job has made and checked, as the last thing it does.
+
+    Puts `push` into `result`, or returns the failure that the job ends with: what was made is good all the same, and
+    `kept` tells the client where it is. Raises Interrupted and Fenced.
+    """
+    try:
+        result["push"] = push(folder, spec, context.token, context.progress)
+    except JobFailure as failure:
+        return JobFailure(failure.code, f"{failure.message}. {kept}")
+    except OSError as error:
+        return JobFailure("hub_push_failed", f"push_to_hub: {type(error).__name__}: {error}. {kept}")
+    return None
+
+
+def push_adapter(adapter: Path, spec: CptSpec | IftSpec, context: Context, result: dict[str, Any]) -> JobFailure | None:
+    """Push the adapter of a finished training as an export of format `lora` would; else as `push_result`."""
+    from worker import record
+    from worker.export.folder import write_card, write_lora
+
+    assert spec.push_to_hub is not None
+    about = json.loads((adapter / "lorry_adapter.json").read_text())
+    again = {"kind": "export", "adapter": spec.adapter, "format": "lora", "push_to_hub": spec.push_to_hub.model_dump()}
+    kept = f"The adapter {spec.adapter} is kept and can be served; POST /v1/jobs {json.dumps(again)} pushes it again"
+    folder = context.paths.run_dir / "push"
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True)
+        write_lora(adapter, about, folder)
+        write_card("lora", spec.adapter, about, folder)
+        manifest = {
+            "format": "lora",
+            "adapter": spec.adapter,
+            "base": about["base"],
+            "revision": about.get("revision"),
+            "lineage": {"job": about["job"], **(about.get("lineage") or {})},
+            "template": json.loads((folder / "lorry_template.json").read_text())["fingerprint"],
+            "versions": record.versions(),
+            "verification": result["verification"],
+            "files": list_files(folder),
+        }
+        write_json(folder / MANIFEST, manifest)
+        return push_result(folder, spec.push_to_hub, context, result, kept)
+    except OSError as error:  # no room for the folder: the adapter itself is where it should be
+        return JobFailure("hub_push_failed", f"push_to_hub: {type(error).__name__}: {error}. {kept}")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 class HubError(Exception):
     """A call that failed for good; `reason` says why, without the token. Never leaves this module."""
 
@@ -108,7 +158,9 @@ def _connected(spec: HubSpec, token: str | None, progress: Progress) -> Iterator
         raise JobFailure("hub_token_refused", "push_to_hub: the hub token holds characters that no token has")
     hub = _Hub(spec, token, progress)
     verbosity = hub_logging.get_verbosity()
-    hub_logging.set_verbosity_error()  # its warnings name signed upload addresses; `_Hub.heed` says what is needed
+    hub_logging.set_verbosity(
+        hub_logging.ERROR
+    )  # its warnings name signed upload addresses; `_Hub.heed` says what is needed
     set_client_factory(hub.client)
     try:
         yield hub

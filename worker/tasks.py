@@ -74,9 +74,9 @@ def attempt(db: Database, queue: JobQueue, settings: Settings, row: JobRow, run_
         try:
             with progress:
                 outcome = execute(db, queue, settings, row, progress)
-            finish(db, row, run_id, outcome)
+            finish(db, settings, row, run_id, outcome)
         except Interrupted as interrupted:
-            finish(db, row, run_id, Outcome(interrupted.ask))
+            finish(db, settings, row, run_id, Outcome(interrupted.ask))
         except Fenced:
             raise
         except BaseException as error:
@@ -89,6 +89,9 @@ def execute(db: Database, queue: JobQueue, settings: Settings, row: JobRow, prog
     spec = parse_spec(row.spec)
     progress.phase("starting")
     prepare_process(settings)
+    token = hub_token(queue, row.id)
+    if spec.push_to_hub:  # before hours of work whose result nobody would take
+        importlib.import_module("worker.push").preflight(spec.push_to_hub, token, progress)
     if row.kind != "export":
         importlib.import_module("unsloth")  # before transformers, trl and peft, which it patches
     from worker.base_model import resolve
@@ -122,7 +125,7 @@ def execute(db: Database, queue: JobQueue, settings: Settings, row: JobRow, prog
         "name": row.adapter,
         "lineage": row.lineage,
     }
-    context = Context(paths=paths, progress=progress, settings=settings, about=about, token=hub_token(queue, row.id))
+    context = Context(paths=paths, progress=progress, settings=settings, about=about, token=token)
     recipe = importlib.import_module(RECIPES[row.kind])
     outcome: Outcome = recipe.run(spec, context)
     return outcome
@@ -162,20 +165,29 @@ ENDS: dict[str, tuple[Status, str]] = {
 }
 
 
-def finish(db: Database, row: JobRow, run_id: str, outcome: Outcome) -> None:
+def finish(db: Database, settings: Settings, row: JobRow, run_id: str, outcome: Outcome) -> None:
     """Store how a run ended, with its adapter and artifacts, in one transaction. Raises Fenced."""
+    failure = outcome.failure
+    lines = tail(settings.job_dir(row.id) / "log.txt", run_id) if failure else []
 
     def write(session: Session) -> Status | None:
         if outcome.ended != "done":
             to, reason = ENDS[outcome.ended]
             return repository.end_run(session, row.id, run_id, to, reason=reason)
-        ended = repository.end_run(session, row.id, run_id, "succeeded", result=finite(outcome.result))
-        if ended and row.kind != "export":
+        repository.own(session, row.id, run_id)  # raises Fenced
+        if row.kind != "export":  # first: a job that fails takes an adapter that is not ready with it
             values = {**finite(outcome.adapter), "ready": True}
             session.execute(update(AdapterRow).where(AdapterRow.job_id == row.id).values(**values))
-        for artifact in outcome.artifacts if ended else ():
+        for artifact in outcome.artifacts:
             session.merge(ArtifactRow(job_id=row.id, **artifact))
-        return ended
+        result = finite(outcome.result)
+        if failure is None:
+            return repository.end_run(session, row.id, run_id, "succeeded", result=result)
+        keep_log(session, run_id, lines)
+        error = {**failure.body(), "message": redact(failure.message)}
+        return repository.end_run(
+            session, row.id, run_id, "failed", reason=error["message"], error=error, result=result
+        )
 
     if persist(db, write) is None:
         raise Fenced(row.id)
@@ -191,9 +203,7 @@ def fail(db: Database, settings: Settings, row: JobRow, run_id: str, failure: Jo
         error["message"] = f"attempt {row.attempt} of {settings.max_attempts}: {failure.message}"
 
     def write(session: Session) -> Status | None:
-        run = session.get(RunRow, run_id)
-        if run is not None:
-            run.record = {**run.record, "log_tail": lines}
+        keep_log(session, run_id, lines)
         if again:
             return repository.end_run(
                 session, row.id, run_id, "queued", reason=failure.message, attempt=row.attempt + 1
@@ -202,6 +212,13 @@ def fail(db: Database, settings: Settings, row: JobRow, run_id: str, failure: Jo
 
     if persist(db, write) is None:
         raise Fenced(row.id)
+
+
+def keep_log(session: Session, run_id: str, lines: list[str]) -> None:
+    """Put the end of a failed run's log in its record."""
+    run = session.get(RunRow, run_id)
+    if run is not None:
+        run.record = {**run.record, "log_tail": lines}
 
 
 def classify(error: BaseException) -> JobFailure:

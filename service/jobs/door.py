@@ -43,8 +43,6 @@ class Admitted:
 
 def admit(session: Session, settings: Settings, spec: AnyJobSpec) -> Admitted:
     """Check a spec against what there is. Call inside the transaction that stores the job. Raises LorryError."""
-    if spec.push_to_hub is not None:
-        raise _unsupported("push_to_hub", "pushing to a hub is not supported yet")
     after = _parents(session, spec.after)
     if isinstance(spec, ExportSpec):
         return _admit_export(session, spec, after)
