@@ -57,12 +57,14 @@ def folder_bytes(folder: Path) -> int:
 
 def list_files(folder: Path) -> list[dict[str, Any]]:
     """Every file below `folder` as {path (relative, posix), bytes, sha256}, sorted by path."""
-    out = []
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        out.append({"path": path.relative_to(folder).as_posix(), "bytes": path.stat().st_size, "sha256": digest})
-    return out
+    return [list_file(path, folder) for path in sorted(p for p in folder.rglob("*") if p.is_file())]
+
+
+def list_file(path: Path, folder: Path) -> dict[str, Any]:
+    """One file of `folder` as {path (relative, posix), bytes, sha256}."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"path": path.relative_to(folder).as_posix(), "bytes": path.stat().st_size, "sha256": digest}
 
 
 def _sync_dir(folder: Path) -> None:

@@ -87,7 +87,8 @@ def train_and_save(
     probe = [row[:PROBE_TOKENS] for row in (data.eval or data.train)[:PROBE_ROWS]["input_ids"]]
 
     def save_adapter(folder: Path, step: int) -> None:
-        about = {**context.about, "step": step}
+        trained_on = models.trained_on(model)
+        about = {**context.about, "step": step, "trained_on": trained_on, "data_fingerprint": data.fingerprint}
         adapter_io.save(model, tokenizer, data.template, about, probe, folder, parent=build.parent, base=paths.base)
 
     args = trainers.training_arguments(

@@ -254,6 +254,16 @@ def compute_types(model: Any, args: Any) -> dict[str, Any]:
     }
 
 
+def trained_on(model: Any) -> dict[str, Any]:
+    """As what the base was held: its type, and its BitsAndBytesConfig if in 4 bits. An export must merge into the same."""
+    quantization: Any = None
+    if getattr(model, "is_loaded_in_4bit", False):
+        quantization = getattr(model.config, "quantization_config", None)
+        if hasattr(quantization, "to_dict"):
+            quantization = quantization.to_dict()
+    return {"dtype": str(model.dtype).removeprefix("torch."), "quantization_config": quantization}
+
+
 def wants_checkpointing(config: Any, tokens_per_pass: int) -> bool:
     """Whether to recompute activations in the backward pass instead of keeping them.
 

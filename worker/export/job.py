@@ -2,178 +2,197 @@
 
 from __future__ import annotations
 
-import gc
+import contextlib
 import json
+import os
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from service.errors import JobFailure
 from service.specs import ExportSpec
+from service.templates import StoredTemplate
 from worker import adapter_io, record
-from worker.export.merge import load_plain, merge, write_merged
-from worker.files import list_files, whole_folder, write_json
+from worker.export import folder as folders
+from worker.export import load, reference, template, verify
+from worker.export.interrupt import interruptible
+from worker.export.merge_stream import write_merged
+from worker.export.source import Source, open_source
+from worker.export.space import check_space
+from worker.files import list_file, list_files, whole_folder, write_json
 from worker.outcome import Context, Outcome, check
-from worker.verify_math import agreement, mean_kl, next_token_logprobs
-
-# Mean KL (nats) between the live adapter and what was read back. A PEFT folder is the same weights; a merged model is
-# rounded once to 16 bits. docs/exports.md has the measurements these come from.
-LIMITS = {"lora": 1e-4, "merged_16bit": 1e-2}
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "lorry_template.json", "lorry_adapter.json")
 
 
 def run(spec: ExportSpec, context: Context) -> Outcome:
-    """Make one export. Raises JobFailure (export_mismatch, unsupported, …), Interrupted and Fenced."""
+    """Make one export. Raises JobFailure (export_mismatch, insufficient_storage, unsupported, …), Interrupted and Fenced."""
     progress, paths = context.progress, context.paths
     adapter = paths.parent
     if adapter is None:
         raise JobFailure("adapter_not_found", f"no adapter {spec.adapter}")
-    if spec.format not in LIMITS:
-        raise JobFailure("unsupported", f"format: {spec.format} is not built yet")
-    about = json.loads((adapter / "lorry_adapter.json").read_text())
-    probe: list[list[int]] = json.loads((adapter / adapter_io.PROBE).read_text())
+    sweep(paths.out_dir)
+    about = json.loads((adapter / "lorry_adapter.json").read_text("utf-8"))
+    stored = StoredTemplate.model_validate_json((adapter / "lorry_template.json").read_text("utf-8"))
+    probe: list[list[int]] = json.loads((adapter / adapter_io.PROBE).read_text("utf-8"))
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
     progress.started()
     progress.record({"device": record.device(), "versions": record.versions()})
 
-    progress.phase("loading")
-    tokenizer = AutoTokenizer.from_pretrained(adapter)
-    base, stored = load_plain(paths.base, revision=about.get("revision"), **context.hub)
-    live = PeftModel.from_pretrained(base, adapter)
-    expected = [next_token_logprobs(live, ids) for ids in probe] if spec.verify else []
-    check(progress)
+    # What can be known to fail does so before the work: the base's files, the adapter's fit, the disk.
+    progress.phase("planning")
+    with interruptible(progress):
+        source = open_source(spec, context, adapter, about)
+    check_space(spec, source, paths.out_dir, probe if spec.verify else [])
+    progress.record({"merged_into": source.merged_into})
 
-    report: dict[str, Any] | None = None
-    with whole_folder(paths.out_dir) as folder:
-        progress.phase("writing")
-        if spec.format == "lora":
-            write_lora(adapter, about, folder)
-        else:
-            merged = merge(live)
-            write_merged(merged, tokenizer, stored, folder)
-            template = adapter / "chat_template.jinja"
-            if template.is_file():
-                shutil.copy2(template, folder / "chat_template.jinja")
-            shutil.copy2(adapter / "lorry_template.json", folder / "lorry_template.json")
-            del merged
-        write_card(spec, about, folder)
-        del live, base
-        gc.collect()
-        check(progress)
+    with scratch(paths.run_dir / "export") as aside:
+        expected = None
         if spec.verify:
-            progress.phase("verifying")
-            report = verify(spec, folder, about, probe, expected, context)
-            progress.record({"verification": report})
-        check(progress)
-        # The manifest is written last: a folder without one is no export.
-        manifest = {
-            "format": spec.format,
-            "adapter": spec.adapter,
-            "base": about["base"],
-            "revision": about.get("revision"),
-            "lineage": {"job": about["job"], **(about.get("lineage") or {})},
-            "template": json.loads((folder / "lorry_template.json").read_text())["fingerprint"],
-            "versions": record.versions(),
-            "verification": report,
-            "files": list_files(folder),
-        }
-        write_json(folder / "manifest.json", manifest)
-        progress.asked()  # raises Fenced: another run may have made the folder that this one would replace
+            progress.phase("loading")
+            with interruptible(progress) as step:
+                ends = template.stop_ids(stored, tokenizer)
+                expected = ask_adapter(source, probe, ends, aside / "expected", step)
+        with whole_folder(paths.out_dir) as folder:
+            write(spec, context, source, stored, tokenizer, folder, aside)
+            check(progress)
+            report = None
+            if expected is not None:
+                progress.phase("verifying")
+                report = judge(spec, context, source, stored, folder, expected)
+                progress.record({"verification": report})
+            check(progress)
+            # The manifest is written last: a folder without one is no export.
+            progress.phase("listing")
+            with interruptible(progress):
+                files = list_files(folder)
+            manifest = {
+                "format": spec.format,
+                "adapter": spec.adapter,
+                "base": about["base"],
+                "revision": about.get("revision"),
+                "merged_into": source.merged_into,
+                "lineage": {
+                    "job": about["job"],
+                    "step": about.get("step"),
+                    "data_fingerprint": about.get("data_fingerprint"),
+                    **(about.get("lineage") or {}),
+                },
+                "template": stored.fingerprint,
+                "versions": record.versions(),
+                "verification": report,
+                "files": files,
+            }
+            write_json(folder / "manifest.json", manifest)
+            progress.asked()  # raises Fenced: another run may have made the folder that this one would replace
     result = {
         "format": spec.format,
         "adapter": spec.adapter,
-        "bytes": sum(f["bytes"] for f in manifest["files"]),
+        "bytes": sum(f["bytes"] for f in files),
+        "merged_into": source.merged_into,
         "verification": report,
     }
-    return Outcome("done", result=result, artifacts=list_files(paths.out_dir))
+    listed = list_file(paths.out_dir / "manifest.json", paths.out_dir)
+    return Outcome("done", result=result, artifacts=sorted([*files, listed], key=lambda f: str(f["path"])))
 
 
-def write_lora(adapter: Path, about: dict[str, Any], folder: Path) -> None:
-    """Copy the PEFT folder with its tokenizer and template; the base is named as the world knows it, not by a local path."""
-    internal = {
-        adapter_io.PROBE,
-        "trainer_state.json",
-        "optimizer.pt",
-        "scheduler.pt",
-        "rng_state.pth",
-        "training_args.bin",
-        "lorry_trainer.json",
-        "scaler.pt",
-    }
-    for path in adapter.iterdir():
-        if path.is_file() and path.name not in internal:
-            shutil.copy2(path, folder / path.name)
-    config = json.loads((folder / "adapter_config.json").read_text())
-    write_json(folder / "adapter_config.json", {**config, "base_model_name_or_path": about["base"]})
-
-
-def write_card(spec: ExportSpec, about: dict[str, Any], folder: Path) -> None:
-    """A model card: what it is, from which base and jobs."""
-    library = "peft" if spec.format == "lora" else "transformers"
-    what = "a LoRA adapter" if spec.format == "lora" else "a merged 16-bit model"
-    text = f"""---
-library_name: {library}
-base_model: {about["base"]}
-tags: [lora, lorry]
----
-
-# {spec.adapter}
-
-This is {what} trained with lorry ({about["kind"]}, job {about["job"]}, step {about.get("step")}) on the base model
-{about["base"]}. The prompt template it was trained with is in `lorry_template.json` and, for chats, in
-`chat_template.jinja`. `manifest.json` lists the files with their SHA-256 and how they were verified.
-"""
-    (folder / "README.md").write_text(text, encoding="utf-8")
-
-
-def verify(
+def write(
     spec: ExportSpec,
-    folder: Path,
-    about: dict[str, Any],
-    probe: list[list[int]],
-    expected: list[torch.Tensor],
     context: Context,
-) -> dict[str, Any]:
-    """Read the export back with the tool that will load it and compare with the live adapter. Raises JobFailure."""
+    source: Source,
+    stored: StoredTemplate,
+    tokenizer: Any,
+    folder: Path,
+    aside: Path,
+) -> None:
+    """Write everything but the manifest into `folder`; what is only needed on the way goes to `aside`."""
+    progress = context.progress
     if spec.format == "lora":
-        plain, _ = load_plain(context.paths.base, revision=about.get("revision"), **context.hub)
-        model: Any = PeftModel.from_pretrained(plain, folder)
+        progress.phase("writing")
+        folders.write_lora(source.adapter, source.about, folder)
     else:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    got = [next_token_logprobs(model, ids) for ids in probe]
-    kl = sum(mean_kl(e, g) for e, g in zip(expected, got, strict=True)) / len(probe)
-    same = [agreement(e, g) for e, g in zip(expected, got, strict=True)]
-    stored = (
-        sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
-        if spec.format == "lora"
-        else [stored_dtype(folder)]
-    )
-    report = {
-        "rows": len(probe),
-        "positions": sum(len(ids) for ids in probe),
-        "mean_kl": kl,
-        "limit": LIMITS[spec.format],
-        "greedy_agreement": sum(same) / len(same),
-        "stored_dtypes": stored,
-    }
-    if not kl <= LIMITS[spec.format]:
-        context.progress.record({"verification": report})
-        raise JobFailure(
-            "export_mismatch",
-            f"the export does not answer as the adapter does: mean KL {kl:.3g} over the limit {LIMITS[spec.format]:g}",
+        progress.phase("merging")
+        merged = folder if spec.format != "gguf" else aside / "merged"
+        merged.mkdir(exist_ok=True)
+        nf4 = spec.format == "merged_4bit"
+        write_merged(
+            source.base,
+            source.adapter,
+            source.plan,
+            merged,
+            shard_bytes=spec.shard_bytes,
+            step=stepper(context),
+            trained_on=source.trained_on,
+            quantize=lambda planned: nf4 and planned.linear,
         )
-    return report
+        ends = template.stop_ids(stored, tokenizer)
+        folders.write_configs(source.base, source.plan, source.model, merged, dtype=source.dtype, ends=ends, nf4=nf4)
+    folders.write_template(source.adapter, stored, tokenizer, folder)
+    folders.write_card(spec.format, spec.adapter, source.about, folder)
 
 
-def stored_dtype(folder: Path) -> str:
-    """The tensor types in a folder's safetensors, read from the files, e.g. 'BF16'."""
-    from safetensors import safe_open
+def ask_adapter(
+    source: Source, probe: list[list[int]], ends: list[int], folder: Path, step: Callable[[int, int], None]
+) -> reference.Reference:
+    """What the live adapter answers to the probe, on the base that the export is made from."""
+    live = load.load_live(
+        source.name, source.adapter, source.place, source.load_in, revision=source.revision, hub=source.hub
+    )
+    expected = reference.take(live, probe, ends, folder, step)
+    del live
+    load.free()
+    return expected
 
-    types: set[str] = set()
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            types |= {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
-    return ", ".join(sorted(types))
+
+def judge(
+    spec: ExportSpec,
+    context: Context,
+    source: Source,
+    stored: StoredTemplate,
+    folder: Path,
+    expected: reference.Reference,
+) -> dict[str, Any]:
+    """Read the export back and compare. Raises JobFailure("export_mismatch"), the files kept aside."""
+    with interruptible(context.progress) as step:
+        report = verify.read_back(spec.format, folder, source, stored, expected, step)
+    if not report["problems"]:
+        return {k: v for k, v in report.items() if k != "problems"}
+    context.progress.record(
+        {"verification": report}
+    )  # raises Fenced: the folder's name belongs to the job's present run
+    rejected = context.paths.out_dir.with_name(f"{context.paths.out_dir.name}.rejected")
+    write_json(folder / "verification.json", report)
+    shutil.rmtree(rejected, ignore_errors=True)
+    os.replace(folder, rejected)
+    load.free()
+    raise JobFailure(
+        "export_mismatch", f"the export does not say what the adapter says: {'; '.join(report['problems'])}"
+    )
+
+
+def stepper(context: Context) -> Callable[[int, int], None]:
+    """Report tensors done and raise when the run was asked to end."""
+
+    def step(done: int, total: int) -> None:
+        check(context.progress)
+        context.progress.steps({"step": done, "total_steps": total})
+
+    return step
+
+
+@contextlib.contextmanager
+def scratch(folder: Path) -> Iterator[Path]:
+    """An empty folder that is removed at the end; what an attempt that was killed left in it is removed first."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def sweep(out_dir: Path) -> None:
+    """Remove what killed attempts at this export left beside its place, and an earlier refusal."""
+    for path in [*out_dir.parent.glob(f".{out_dir.name}.*"), out_dir.with_name(f"{out_dir.name}.rejected")]:
+        shutil.rmtree(path, ignore_errors=True)

@@ -63,13 +63,20 @@ class Skeleton:
     """The model's structure, made without memory: shapes of its parameters, its linear layers, what is tied to what."""
 
     shapes: dict[str, tuple[int, ...]]
-    linear: frozenset[str]  # weights of nn.Linear but the output embedding
+    linear: frozenset[str]  # weights of the nn.Linear layers, less those of `kept`
     tied: dict[str, str]  # target → source, e.g. lm_head.weight → model.embed_tokens.weight
+    kept: frozenset[
+        str
+    ]  # linear layers that stay in 16 bits in a 4-bit model: the output embedding, and what `keep` named
 
 
-def skeleton(base: BaseWeights, *, trust_remote_code: bool) -> Skeleton:
-    """Build the model of a config.json on torch's meta device. Raises JobFailure("unsupported")."""
+def skeleton(base: BaseWeights, *, trust_remote_code: bool, keep: list[str] | None = None) -> Skeleton:
+    """Build the model of a config.json on torch's meta device; `keep` are bitsandbytes' llm_int8_skip_modules.
+
+    Raises JobFailure("unsupported").
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.quantizers.quantizers_utils import should_convert_module
 
     try:
         config = AutoConfig.from_pretrained(base.folder, trust_remote_code=trust_remote_code)
@@ -83,10 +90,11 @@ def skeleton(base: BaseWeights, *, trust_remote_code: bool) -> Skeleton:
             "unsupported", f"the base is no causal language model that transformers knows: {reason}"
         ) from error
     head = model.get_output_embeddings()
-    linear = {f"{n}.weight" for n, m in model.named_modules() if type(m) is torch.nn.Linear and m is not head}
+    layers = {n: m for n, m in model.named_modules() if type(m) is torch.nn.Linear}
+    kept = {n for n, m in layers.items() if m is head or not should_convert_module(n, keep or None)}
     shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
-    return Skeleton(shapes, frozenset(linear), tied)
+    return Skeleton(shapes, frozenset(f"{n}.weight" for n in layers if n not in kept), tied, frozenset(kept))
 
 
 def plan_merge(base: BaseWeights, adapter: Path, model: Skeleton, *, dtype: torch.dtype | None = None) -> Plan:

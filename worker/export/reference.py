@@ -119,35 +119,34 @@ def continue_greedily(model: Any, prompts: list[list[int]], ends: list[int]) -> 
     return out
 
 
-def take(live: Any, ids: list[list[int]], ends: list[int], folder: Path, step: Callable[[], None]) -> Reference:
-    """Ask the live adapter (a PeftModel) about the probe. `step` is called between rows and may raise."""
+def take(live: Any, ids: list[list[int]], ends: list[int], folder: Path, step: Callable[[int, int], None]) -> Reference:
+    """Ask the live adapter (a PeftModel) about the probe. `step(done, total)` is called between rows and may raise."""
     folder.mkdir(parents=True, exist_ok=True)
     loss = effect = 0.0
     for i, row in enumerate(ids):
-        step()
+        step(i, len(ids))
         logprobs = next_token_logprobs(live, row)
         np.save(folder / f"{i}.npy", logprobs.numpy())
         loss += row_loss(logprobs, row)
         if i < EFFECT_ROWS:
-            step()
             with live.disable_adapter():
                 effect += mean_kl(logprobs, next_token_logprobs(live, row)) / min(EFFECT_ROWS, len(ids))
-    step()
+    step(len(ids), len(ids))
     answers = continue_greedily(live, [prompt_of(row) for row in ids], ends)
     return Reference(ids, answers, ends, loss / max(1, sum(len(r) - 1 for r in ids)), effect, folder)
 
 
-def compare(model: Any, reference: Reference, step: Callable[[], None]) -> Comparison:
-    """Ask a model that was read back about the probe, row by row. `step` is called between rows and may raise."""
+def compare(model: Any, reference: Reference, step: Callable[[int, int], None]) -> Comparison:
+    """Ask a model that was read back about the probe, row by row. `step(done, total)` comes between rows and may raise."""
     kl = same = loss = 0.0
     positions = sum(len(row) for row in reference.ids)
     for i, row in enumerate(reference.ids):
-        step()
+        step(i, len(reference.ids))
         got, expected = next_token_logprobs(model, row), reference.logprobs(i)
         kl += mean_kl(expected, got) * len(row)
         same += agreement(expected, got) * len(row)
         loss += row_loss(got, row)
-    step()
+    step(len(reference.ids), len(reference.ids))
     answers = continue_greedily(model, [reference.prompt(i) for i in range(len(reference.ids))], reference.ends)
     equal = sum(equal_prefix(a, b) for a, b in zip(reference.answers, answers, strict=True))
     return Comparison(

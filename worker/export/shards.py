@@ -26,7 +26,7 @@ class Entry:
 
     @property
     def bytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        return int(torch.Size(self.shape).numel() * self.dtype.itemsize)
 
 
 def write_model(

@@ -1,0 +1,68 @@
+"""Models for comparison: the live adapter on the base it was trained on, and exports read back. One at a time."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and in which type models are compared."""
+
+    device: torch.device
+    dtype: torch.dtype
+    roomy: bool  # whether a 4-bit base may be dequantised
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        return {"dtype": self.dtype, "device_map": {"": self.device}, "low_cpu_mem_usage": True}
+
+    def report(self) -> dict[str, str]:
+        return {"device": self.device.type, "dtype": str(self.dtype).removeprefix("torch.")}
+
+
+def place(parameters: int, stored: torch.dtype) -> Place:
+    """float32 on the GPU if its free memory holds the model, else on the CPU, else there in the base's own type.
+
+    In float32 only the export's own rounding is measured; in 16 bits the computation's comes on top.
+    """
+    needed = int(parameters * 4 * 1.25) + 2**30
+    if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > needed:
+        return Place(torch.device("cuda"), torch.float32, True)
+    if psutil.virtual_memory().available > needed:
+        return Place(torch.device("cpu"), torch.float32, True)
+    return Place(torch.device("cuda" if torch.cuda.is_available() else "cpu"), stored, False)
+
+
+def load_live(
+    base: str, adapter: Path, where: Place, trained_on: dict[str, Any], *, revision: str | None, hub: dict[str, Any]
+) -> Any:
+    """The adapter on its base through transformers and PEFT: a 4-bit base (stored so, or trained so) is dequantised."""
+    quantization = trained_on.get("quantization_config")
+    kwargs: dict[str, Any] = {**where.kwargs, "revision": revision, **hub}
+    if quantization:
+        kwargs["quantization_config"] = BitsAndBytesConfig(
+            **{k: v for k, v in quantization.items() if k.startswith(("bnb_4bit_", "llm_int8_skip"))}, load_in_4bit=True
+        )
+    model = AutoModelForCausalLM.from_pretrained(base, **kwargs)
+    if getattr(model, "is_quantized", False) and where.roomy:
+        model = model.dequantize(dtype=where.dtype)
+        model.config.quantization_config = None
+        model.is_quantized = False
+        model = model.to(where.dtype)
+    return PeftModel.from_pretrained(model, adapter)
+
+
+def free() -> None:
+    """Give back the memory of a model that nobody holds any more, before the next is loaded."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
