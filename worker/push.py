@@ -158,9 +158,7 @@ def _connected(spec: HubSpec, token: str | None, progress: Progress) -> Iterator
         raise JobFailure("hub_token_refused", "push_to_hub: the hub token holds characters that no token has")
     hub = _Hub(spec, token, progress)
     verbosity = hub_logging.get_verbosity()
-    hub_logging.set_verbosity(
-        hub_logging.ERROR
-    )  # its warnings name signed upload addresses; `_Hub.heed` says what is needed
+    hub_logging.set_verbosity(logging.ERROR)  # its warnings name signed addresses; `_Hub.heed` says what is needed
     set_client_factory(hub.client)
     try:
         yield hub

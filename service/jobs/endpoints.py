@@ -6,14 +6,15 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Header, Path, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
-from starlette.responses import PlainTextResponse
+from starlette.responses import PlainTextResponse, StreamingResponse
 
 from service.deps import DbDep, QueueDep, SettingsDep
-from service.errors import Invalid, NotFound
+from service.errors import Conflict, Invalid, NotFound
 from service.files.download import Download
 from service.jobs import repository, schemas, service
 from service.jobs.events import EventHub
 from service.jobs.states import FINAL, Status
+from service.jobs.tar import Tar
 from service.json_body import Storable
 from service.specs import CptSpec, ExportSpec, IftSpec
 from service.sse import EventStream
@@ -190,6 +191,38 @@ def artifacts(job_id: JobId, db: DbDep) -> Page[schemas.Artifact]:
         service.require(session, job_id)
         rows = repository.artifacts(session, job_id)
     return Page(data=[schemas.artifact(r) for r in rows], has_more=False)
+
+
+_TAR: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/x-tar": {}}, "description": "The archive; its Content-Length is known at once."},
+    206: {"content": {"application/x-tar": {}}, "description": "The range of it that was asked for."},
+}
+
+
+@router.head("/{job_id}/artifacts.tar", include_in_schema=False)
+@router.get(
+    "/{job_id}/artifacts.tar", summary="Download a whole export", response_class=StreamingResponse, responses=_TAR
+)
+def artifacts_tar(
+    job_id: JobId,
+    request: Request,
+    db: DbDep,
+    settings: SettingsDep,
+    range: Annotated[str | None, Header(description="One range of bytes.")] = None,
+    if_range: Annotated[str | None, Header(description="An ETag: the range only if it is still that archive.")] = None,
+) -> StreamingResponse:
+    """All files that …/artifacts lists, under one folder, in order of their paths. The same export gives the same bytes,
+    so that a download that broke off can go on by Range."""
+    with db.read() as session:
+        row = service.require(session, job_id)
+        rows = repository.artifacts(session, job_id)
+    if not rows and row.kind == "export" and row.status not in FINAL:
+        raise Conflict(f"job {job_id} is {row.status}: it has no artifacts yet", code="job_not_finished")
+    if not rows:
+        raise NotFound(f"job {job_id} has no artifacts", code="artifact_not_found")
+    # Named by what does not change: the adapter may be renamed between two parts of a download.
+    tar = Tar(settings.exports_dir / job_id, rows, name=job_id, mtime=int(row.finished_at or row.created_at))
+    return tar.answer(f"{job_id}.tar", range=range, if_range=if_range, head=request.method == "HEAD")
 
 
 @router.head("/{job_id}/artifacts/{path:path}", include_in_schema=False)
