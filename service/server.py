@@ -55,6 +55,7 @@ class Server(uvicorn.Server):
         )
         self.grace, self.stalled, self.hard = grace, stalled, hard
         self.cut_off = 0  # connections dropped because nobody read
+        self.owns_process = False  # and may end it
         self._begin, self._end = begin, end
         self._over = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -63,6 +64,8 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
+        for sock in sockets or ():
+            log.info("listening on %s:%d", *sock.getsockname()[:2])
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._begin()
@@ -84,6 +87,8 @@ class Server(uvicorn.Server):
                 self._loop.call_soon_threadsafe(self._grace_over)
             return
         self.should_exit = True
+        if not self.owns_process:
+            return
         watchdog = threading.Timer(self.grace + self.hard, _give_up)
         watchdog.daemon = True
         watchdog.start()
@@ -159,5 +164,5 @@ def serve(server: Server, host: str, port: int, *, reuse_port: bool = False, var
         sock = listen(host, port, reuse_port=reuse_port)
     except OSError as error:
         raise SystemExit(f"lorry: cannot listen on {host}:{port}: {error.strerror}; set {variable}") from None
-    log.info("listening on %s:%d", *sock.getsockname()[:2])
+    server.owns_process = True
     server.run(sockets=[sock])
