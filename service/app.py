@@ -26,6 +26,7 @@ from service.engine_client import EngineClient
 from service.errors import BadRequest, InsufficientStorage, Invalid, LorryError, Unavailable, UnsupportedMedia
 from service.files import endpoints as files
 from service.files.service import drop_unfinished
+from service.fine_tuning import endpoints as fine_tuning
 from service.generate import endpoints as generate
 from service.jobs import endpoints as jobs
 from service.jobs.events import EventHub
@@ -59,7 +60,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.settings = settings
     app.state.registry = registry
     app.state.shutdown = Shutdown()
-    for part in (files, jobs, graphs, adapters, generate, openai, health):
+    for part in (files, jobs, graphs, adapters, generate, openai, fine_tuning, health):
         app.include_router(part.router)
     app.add_exception_handler(LorryError, _render)
     app.add_exception_handler(RequestValidationError, _invalid)

@@ -175,6 +175,9 @@ class DatasetSpec(Spec):
     revision: str | None = Field(None, description="Hub branch, tag or commit of the set.")
     split: str = Field("train", min_length=1, description="Split, with datasets' slicing, e.g. 'train[:10%]'.")
     file_id: str | None = Field(None, description="Id of an upload (POST /v1/files).")
+    eval_file_id: str | None = Field(
+        None, description="Id of an upload whose rows are the evaluation rows, in place of test_size; with file_id only."
+    )
     streaming: bool = Field(False, description="Read the hub set as a stream and keep max_samples rows of it.")
     max_samples: int | None = Field(
         None, ge=1, description="At most this many rows, chosen by seed (the first ones when streaming)."
@@ -185,10 +188,26 @@ class DatasetSpec(Spec):
     seed: int = Field(42, ge=0, le=2**32 - 1, description="Seed of the shuffle and of the split.")
     template: TemplateSpec = Field(description="How a row becomes text.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_split(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("eval_file_id") is not None:
+            return {"test_size": 0, **data}
+        return data
+
+    @property
+    def evaluates(self) -> bool:
+        return bool(self.test_size) or self.eval_file_id is not None
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if (self.path is None) == (self.file_id is None):
             raise ValueError("give either path or file_id")
+        if self.eval_file_id is not None:
+            if self.file_id is None:
+                raise ValueError("eval_file_id: goes with file_id, not with path")
+            if self.test_size:
+                raise ValueError("test_size: eval_file_id gives the evaluation rows; leave one of the two out")
         if self.streaming and self.path is None:
             raise ValueError("streaming: only for hub sets")
         if self.streaming and self.max_samples is None:
@@ -280,7 +299,7 @@ class InitSpec(Spec):
 
 
 class HubSpec(Spec):
-    """Where to push."""
+    """A repository of the Hugging Face hub, or of the server that the worker's HF_ENDPOINT names."""
 
     repo_id: Annotated[str, AfterValidator(check_repo_id)] = Field(description="owner/name of a model repository.")
     private: bool = Field(
@@ -309,6 +328,9 @@ Metadata = Annotated[dict[str, str], AfterValidator(check_metadata)]
 
 
 class JobSpec(Spec):
+    metadata: Metadata = Field(
+        default_factory=dict, description="Up to 16 pairs of your own (keys to 64, values to 512 characters); kept as given."
+    )
     after: list[str] = Field(
         default_factory=list,
         max_length=64,
@@ -331,8 +353,10 @@ class TrainSpec(JobSpec):
     def _check_train(self) -> Self:
         if self.lora.loftq_config and not self.model.load_in_4bit:
             raise ValueError("lora.loftq_config: needs model.load_in_4bit, since it corrects 4-bit rounding")
-        if self.training.keeps_best and self.dataset.test_size == 0:
-            raise ValueError("training: keeping the best checkpoint needs evaluation rows (dataset.test_size)")
+        if self.training.keeps_best and not self.dataset.evaluates:
+            raise ValueError(
+                "training: keeping the best checkpoint needs evaluation rows (dataset.test_size or dataset.eval_file_id)"
+            )
         return self
 
 

@@ -25,7 +25,8 @@ def data_spec(
             "kind": kind,
             "adapter": "x",
             "model": {"max_seq_length": size},
-            "dataset": {"template": template, "test_size": 0, **source, **dataset},
+            "dataset": {k: v for k, v in {"test_size": 0, **source, **dataset}.items() if v is not ...}
+            | {"template": template},
             "training": {"train_on_responses_only": responses_only},
         }
     )

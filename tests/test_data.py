@@ -8,7 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
+from service.errors import JobFailure
+from service.specs import parse_spec
 from service.templates import render_generation
 from tests.data_helpers import answers, data_spec, failure, ids_of, sentencepiece_tokenizer, texts, upload
 from tests.tiny import BOS, EOS, make_tiny_tokenizer, stdlib_text
@@ -380,3 +383,61 @@ def test_the_bases_own_template_is_its_chat_template_or_a_bare_prompt(tokenizer:
     assert render_generation(base_template(tokenizer), prompt="x") == f"{BOS}x"
     tokenizer.chat_template = None
     assert render_generation(base_template(tokenizer), messages=TALK[1:2]) == f"{BOS}What is a list?"
+
+
+# Rows of one's own to evaluate on, and answers that are left out
+
+
+def test_another_upload_can_be_what_is_evaluated_on(tokenizer: Any, tmp_path: Path) -> None:
+    rows = upload(tmp_path, [{"text": f"train {n}"} for n in range(6)])
+    held = upload(tmp_path, [{"text": f"held {n}"} for n in range(3)], "held.jsonl")
+    spec = data_spec("cpt", {"prompt": "{text}"}, test_size=..., eval_file_id="file_2", max_samples=4)
+    data = prepare(spec, tokenizer, file=rows, eval_file=held)
+    assert (len(data.train), len(data.eval)) == (4, 3)
+    assert all("train" in text for text in texts(data, tokenizer))
+    assert all("held" in tokenizer.decode(row["input_ids"]) for row in data.eval)
+    assert (data.report["train_rows"], data.report["eval_rows"]) == (4, 3)
+
+
+def test_a_bad_row_of_the_evaluation_upload_is_named_as_its(tokenizer: Any, tmp_path: Path) -> None:
+    rows = upload(tmp_path, [{"text": "fine"}] * 3)
+    held = upload(tmp_path, [{"text": "fine"}, {"text": ""}], "held.jsonl")
+    spec = data_spec("cpt", {"prompt": "{text}"}, test_size=..., eval_file_id="file_2")
+    with pytest.raises(JobFailure) as e:
+        prepare(spec, tokenizer, file=rows, eval_file=held)
+    assert e.value.code == "invalid_data"
+    assert e.value.message.startswith("dataset.eval_file_id: ")
+    assert [row["row"] for row in e.value.rows] == [2]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "wrong"),
+    [
+        ({"path": "o/s"}, "eval_file_id: goes with file_id"),
+        ({"file_id": "f", "test_size": 2}, "test_size: eval_file_id"),
+    ],
+)
+def test_evaluation_rows_come_from_one_place(dataset: dict[str, Any], wrong: str) -> None:
+    spec = {"kind": "cpt", "adapter": "x", "dataset": {**dataset, "eval_file_id": "g", "template": {"prompt": "{t}"}}}
+    with pytest.raises(ValidationError, match=wrong):
+        parse_spec(spec)
+
+
+def test_an_answer_of_weight_0_is_read_but_not_trained(tokenizer: Any, tmp_path: Path) -> None:
+    def talk(*weights: int | None) -> dict[str, Any]:
+        turns: list[dict[str, Any]] = []
+        for n, weight in enumerate(weights):
+            turns += [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": f"a{n}", "weight": weight}]
+        return {"messages": turns}
+
+    spec = data_spec("ift", {"chat_template": "default"}, responses_only=True, size=512)
+    rows = upload(tmp_path, [talk(None, 1, None), talk(0, 1, None), talk(None, 0, 1), talk(1, None, 0)])
+    data = prepare(spec, tokenizer, file=rows)
+    trained = [["".join(a).replace(tokenizer.eos_token, "") for a in answers(row, tokenizer)] for row in data.train]
+    assert trained == [["a0", "a1", "a2"], ["a1", "a2"], ["a0", "a2"], ["a0", "a1"]]
+    assert "a1" in texts(data, tokenizer)[2]
+    assert "a2" not in texts(data, tokenizer)[3]
+    none = failure(spec, tokenizer, upload(tmp_path, [talk(0, 0)]))
+    assert "weight 0" in none.rows[0]["reason"]
+    odd = failure(spec, tokenizer, upload(tmp_path, [talk(2)]))
+    assert "messages.1.weight is 2" in odd.rows[0]["reason"]

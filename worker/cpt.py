@@ -24,7 +24,7 @@ def run(spec: CptSpec, context: Context) -> Outcome:
     # Data first: a bad row must not cost a model's load.
     progress.phase("data")
     tokenizer = load_tokenizer(paths.base, spec.model, **context.hub)
-    data = prepare(spec, tokenizer, file=paths.file, token=context.token)
+    data = prepare(spec, tokenizer, file=paths.file, eval_file=paths.eval_file, token=context.token)
     progress.record({"data": {**data.report, "fingerprint": data.fingerprint}, "template": data.template.fingerprint})
     check(progress)
 

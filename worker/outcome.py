@@ -57,6 +57,7 @@ class Paths:
     out_dir: Path  # the finished adapter or export; made whole or not at all
     base: str  # folder or hub id of the base model
     file: Path | None = None  # the upload
+    eval_file: Path | None = None  # the upload with the evaluation rows
     parent: Path | None = None  # adapter folder that init or an export refers to
 
 

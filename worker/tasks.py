@@ -14,7 +14,8 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from sqlalchemy import update
 from sqlalchemy.orm import Session
@@ -98,12 +99,8 @@ def execute(db: Database, queue: JobQueue, settings: Settings, row: JobRow, prog
 
     with db.read() as session:
         parent = parent_of(session, settings, spec)
-        file = None
-        if isinstance(spec, (CptSpec, IftSpec)) and spec.dataset.file_id:
-            upload = session.get(FileRow, spec.dataset.file_id)
-            if upload is None:
-                raise JobFailure("invalid_data", f"dataset.file_id: no file {spec.dataset.file_id}")
-            file = files.file_path(settings, upload).absolute()
+        file = upload_of(session, settings, spec, "file_id")
+        eval_file = upload_of(session, settings, spec, "eval_file_id")
     base_name = parent.base if isinstance(spec, ExportSpec) and parent else spec.model.name  # type: ignore[union-attr]
     base = resolve(base_name or settings.base_model, settings)
     # An adapter's folder is its run's own: a run that was taken for dead and wakes up cannot touch what its successor made.
@@ -113,6 +110,7 @@ def execute(db: Database, queue: JobQueue, settings: Settings, row: JobRow, prog
         out_dir=(exports if isinstance(spec, ExportSpec) else ours).absolute(),
         base=base,
         file=file,
+        eval_file=eval_file,
         parent=parent.path if parent else None,
     )
     paths.out_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -129,6 +127,19 @@ def execute(db: Database, queue: JobQueue, settings: Settings, row: JobRow, prog
     recipe = importlib.import_module(RECIPES[row.kind])
     outcome: Outcome = recipe.run(spec, context)
     return outcome
+
+
+def upload_of(
+    session: Session, settings: Settings, spec: CptSpec | IftSpec | ExportSpec, name: Literal["file_id", "eval_file_id"]
+) -> Path | None:
+    """Where an upload that the spec names lies. Raises JobFailure."""
+    file_id = None if isinstance(spec, ExportSpec) else getattr(spec.dataset, name)
+    if file_id is None:
+        return None
+    row = session.get(FileRow, file_id)
+    if row is None:
+        raise JobFailure("invalid_data", f"dataset.{name}: no file {file_id}")
+    return files.file_path(settings, row).absolute()
 
 
 def parent_of(session: Session, settings: Settings, spec: CptSpec | IftSpec | ExportSpec) -> adapters.Resolved | None:

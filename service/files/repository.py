@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sqlalchemy import select
+from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
 from service.errors import NotFound
@@ -53,5 +53,5 @@ def lock(session: Session, file_id: str) -> FileRow | None:
 
 def used_by(session: Session, file_id: str) -> str | None:
     """Id of an unfinished job that reads this file."""
-    uses = JobRow.spec[("dataset", "file_id")].as_string() == file_id
+    uses = or_(*(JobRow.spec[("dataset", name)].as_string() == file_id for name in ("file_id", "eval_file_id")))
     return session.scalar(select(JobRow.id).where(JobRow.status.not_in(FINAL), uses).limit(1))

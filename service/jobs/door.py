@@ -164,8 +164,8 @@ def _same_base(one: str, other: str) -> bool:
 
 
 def _admit_export(session: Session, spec: ExportSpec, after: dict[str, JobRow]) -> Admitted:
-    if spec.format not in ("lora", "merged_16bit"):
-        raise _unsupported("format", f"format {spec.format!r} is not supported yet; lora and merged_16bit are")
+    if spec.base is not None:
+        _check_model_name(spec.base, "base")
     parent = _find(session, spec.adapter, after, "adapter")
     return Admitted(spec, parent.base, _lineage(parent.base, parent))
 
@@ -183,16 +183,19 @@ def _is_path(name: str) -> bool:
 
 def _check_model(settings: Settings, spec: TrainSpec) -> None:
     name = spec.model.name
-    if name is None or name == settings.base_model:
-        return
+    if name is not None and name != settings.base_model:
+        _check_model_name(name, "model.name")
+
+
+def _check_model_name(name: str, param: str) -> None:
     folder = Path(os.path.expanduser(name))  # as the worker does
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            message = f"model.name: the folder {name!r} is no transformers model: it has no config.json"
-            raise Invalid(message, param="model.name", code="model_not_found")
+            message = f"{param}: the folder {name!r} is no transformers model: it has no config.json"
+            raise Invalid(message, param=param, code="model_not_found")
     elif _is_path(name) or not _HUB_ID.fullmatch(name):
-        message = f"model.name: {name!r} is neither a folder on the server nor a hub id (owner/name)"
-        raise Invalid(message, param="model.name", code="model_not_found")
+        message = f"{param}: {name!r} is neither a folder on the server nor a hub id (owner/name)"
+        raise Invalid(message, param=param, code="model_not_found")
 
 
 def _with_base(settings: Settings, spec: TSpec) -> TSpec:
@@ -205,6 +208,8 @@ def _check_data(session: Session, spec: TrainSpec) -> None:
     data = spec.dataset
     if data.file_id is not None:
         files.hold(session, data.file_id, param="dataset.file_id")
+    if data.eval_file_id is not None:
+        files.hold(session, data.eval_file_id, param="dataset.eval_file_id")
     if data.path is not None and _is_path(data.path) and not os.path.exists(os.path.expanduser(data.path)):
         message = f"dataset.path: {data.path!r} does not exist on the server"
         raise Invalid(message, param="dataset.path", code="dataset_not_found")

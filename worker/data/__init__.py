@@ -22,7 +22,7 @@ from worker.data.render import Renderer, Segments
 from worker.data.split import choose, split
 from worker.data.stored import base_template, configure, store_template
 from worker.data.tokenise import Encoder, Sequences, answer_sequences, fingerprint, text_sequences
-from worker.data.uploads import read_upload
+from worker.data.uploads import Source, read_upload
 
 __all__ = ["Prepared", "base_template", "configure", "prepare", "store_template"]
 
@@ -38,8 +38,15 @@ class Prepared:
     report: dict[str, Any]
 
 
-def prepare(spec: CptSpec | IftSpec, tokenizer: Any, *, file: Path | None, token: str | None = None) -> Prepared:
-    """Make a spec's data ready. `file` is the upload if the spec names one, `token` opens gated hub sets.
+def prepare(
+    spec: CptSpec | IftSpec,
+    tokenizer: Any,
+    *,
+    file: Path | None,
+    eval_file: Path | None = None,
+    token: str | None = None,
+) -> Prepared:
+    """Make a spec's data ready. `file` and `eval_file` are the uploads the spec names, `token` opens gated hub sets.
 
     The tokenizer gets the chat template and the EOS of the stored template, so that what is saved with it agrees.
 
@@ -49,7 +56,7 @@ def prepare(spec: CptSpec | IftSpec, tokenizer: Any, *, file: Path | None, token
     cpt = isinstance(spec, CptSpec)
     masked = spec.training.train_on_responses_only
     renderer = Renderer(template, answers=not cpt, every_turn=masked)
-    if file is not None and file.suffix.lower() == ".txt" and not cpt:
+    if any(f is not None and f.suffix.lower() == ".txt" for f in (file, eval_file)) and not cpt:
         raise JobFailure("invalid_data", "a .txt file is one text, for continued pre-training; instructions need rows")
     rows, columns = _rows(spec, renderer, file, token)
 
@@ -60,7 +67,14 @@ def prepare(spec: CptSpec | IftSpec, tokenizer: Any, *, file: Path | None, token
             text_sequences(encoder, some, size) if cpt else answer_sequences(encoder, some, size, answers_only=masked)
         )
 
-    if file is not None and file.suffix.lower() == ".txt":
+    if eval_file is not None:
+        train = sequences(rows)
+        if file is not None and file.suffix.lower() == ".txt":
+            train = train.pick(
+                choose(len(train.ids), spec.dataset.max_samples, spec.dataset.seed) or list(range(len(train.ids)))
+            )
+        sides = counted = [train, sequences(_eval_rows(renderer, eval_file))]
+    elif file is not None and file.suffix.lower() == ".txt":
         # One text: what is chosen and split are its windows.
         whole = sequences(rows)
         chosen = choose(len(whole.ids), spec.dataset.max_samples, spec.dataset.seed) or list(range(len(whole.ids)))
@@ -96,6 +110,16 @@ def prepare(spec: CptSpec | IftSpec, tokenizer: Any, *, file: Path | None, token
     )
 
 
+def _eval_rows(renderer: Renderer, file: Path) -> list[Segments]:
+    """All rows of the upload that is evaluated on. Raises JobFailure, its rows named as the evaluation file's."""
+    problems = Problems()
+    try:
+        rows, _ = _read(read_upload(file, problems, renderer.columns), renderer, problems)
+    except JobFailure as error:
+        raise JobFailure(error.code, f"dataset.eval_file_id: {error.message}", error.rows) from error
+    return rows
+
+
 def _rows(
     spec: CptSpec | IftSpec, renderer: Renderer, file: Path | None, token: str | None
 ) -> tuple[list[Segments], list[str]]:
@@ -105,6 +129,15 @@ def _rows(
         source = read_upload(file, problems, renderer.columns)
     else:
         source = read_hub(spec.dataset, renderer.columns, token)
+    rows, columns = _read(source, renderer, problems)
+    if file is not None and file.suffix.lower() != ".txt":
+        chosen = choose(len(rows), spec.dataset.max_samples, spec.dataset.seed)
+        rows = rows if chosen is None else [rows[i] for i in chosen]
+    return rows, columns
+
+
+def _read(source: Source, renderer: Renderer, problems: Problems) -> tuple[list[Segments], list[str]]:
+    """All rows of a source as text, and the columns there are. Raises JobFailure."""
     if source.columns is not None and (missing := renderer.missing(source.columns)):
         raise missing_columns(missing, source.columns)
     rows: list[Segments] = []
@@ -121,16 +154,13 @@ def _rows(
     problems.check()
     if not rows:
         raise JobFailure("invalid_data", "the set has no rows")
-    if file is not None and file.suffix.lower() != ".txt":
-        chosen = choose(len(rows), spec.dataset.max_samples, spec.dataset.seed)
-        rows = rows if chosen is None else [rows[i] for i in chosen]
     return rows, columns
 
 
 def _check_left(train: Sequences, held: Sequences, counted: list[Sequences], spec: CptSpec | IftSpec) -> None:
     dropped = sum(side.dropped for side in counted)
     for side, name in ((train, "training"), (held, "evaluation")):
-        if not side.ids and (name == "training" or spec.dataset.test_size):
+        if not side.ids and (name == "training" or spec.dataset.evaluates):
             raise JobFailure(
                 "invalid_data",
                 f"no row is left for {name}: {dropped} rows have no trained token within "

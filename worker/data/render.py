@@ -95,8 +95,12 @@ class Renderer:
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if turns[0] == 0:
             raise RowError("the first message is the assistant's, so there is nothing it answers")
+        trained = [i for i in turns if messages[i].get("weight") != 0] if self.every_turn else turns[-1:]
+        if not trained:
+            raise RowError("every answer has weight 0, so there is none to train on")
+        messages = messages[: trained[-1] + 1]  # nothing is trained behind it
         text = render_messages(t, messages, add_generation_prompt=False, tools=tools)
-        spans = [self._span(text, messages, i, tools) for i in (turns if self.every_turn else turns[-1:])]
+        spans = [self._span(text, messages, i, tools) for i in trained]
         start, end = spans[-1]
         if text[start:end].endswith(t.eos):
             text = text[:end]  # a line break after the EOS is no part of the answer
@@ -174,6 +178,8 @@ def _message(message: Any, path: str) -> dict[str, Any]:
     blank = not (content.strip() if isinstance(content, str) else content)
     if blank and role != "system" and not message.get("tool_calls"):
         raise RowError(f"{path}.{text_key} is {'missing or null' if content is None else 'empty'}")
+    if message.get("weight") not in (None, 0, 1):
+        raise RowError(f"{path}.weight is {message['weight']!r}, expected 0 or 1")
     rest = {k: v for k, v in message.items() if k not in (role_key, text_key, "from", "value") and v is not None}
     return {**rest, "role": _ROLES.get(role, role), "content": content}
 

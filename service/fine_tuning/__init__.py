@@ -1,0 +1,1 @@
+"""OpenAI's fine-tuning API over the same jobs."""

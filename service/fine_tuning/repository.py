@@ -1,0 +1,35 @@
+"""Queries on training jobs as OpenAI's API lists them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from service.models import EventRow, JobRow
+
+KINDS = ("cpt", "ift")
+EVENTS = ("status", "metrics", "checkpoint", "log")  # progress is what `estimated_finish` and metrics say
+
+
+def list_page(
+    session: Session, *, limit: int, after: str | None, metadata: Mapping[str, str]
+) -> tuple[Sequence[JobRow], bool]:
+    """Newest first, those older than the job `after` that have all of `metadata`; and whether more follow."""
+    query = select(JobRow).where(JobRow.kind.in_(KINDS)).order_by(JobRow.id.desc()).limit(limit + 1)
+    if after:
+        query = query.where(JobRow.id < after)
+    for key, value in metadata.items():
+        query = query.where(JobRow.spec[("metadata", key)].as_string() == value)
+    rows = session.scalars(query).all()
+    return rows[:limit], len(rows) > limit
+
+
+def events_before(session: Session, job_id: str, seq: int | None, limit: int) -> tuple[Sequence[EventRow], bool]:
+    """Newest first, those older than event `seq`; and whether more follow."""
+    query = select(EventRow).where(EventRow.job_id == job_id, EventRow.type.in_(EVENTS))
+    if seq is not None:
+        query = query.where(EventRow.seq < seq)
+    rows = session.scalars(query.order_by(EventRow.seq.desc()).limit(limit + 1)).all()
+    return rows[:limit], len(rows) > limit
