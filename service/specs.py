@@ -9,7 +9,9 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, model_validator
+
+from service.spec_fields import AdapterName, AdapterRef, Metadata, RepoId
 
 # transformers.training_args.OptimizerNames and trainer_utils.SchedulerType, 5.17 (a test compares them), less those
 # that need more arguments or packages than a spec can carry.
@@ -27,46 +29,8 @@ GGUF_METHODS = (
     "q3_k_l", "q3_k_m", "q3_k_s", "q2_k", "iq4_nl", "iq4_xs",
 )  # fmt: skip
 GGUF_LORA_METHODS = ("f32", "f16", "bf16", "q8_0")
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMG]?)B", re.IGNORECASE)
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
-
-
-def check_adapter_name(name: str) -> str:
-    """Accept a name that is safe as a folder, a URL segment and an OpenAI model id. Raises ValueError."""
-    if not _NAME.fullmatch(name):
-        raise ValueError(
-            "an adapter's name is 1 to 96 letters, digits, '.', '_' or '-', and starts with a letter or digit"
-        )
-    return name
-
-
-def check_adapter_ref(ref: str) -> str:
-    """Accept `name` or `name@step`. Raises ValueError."""
-    name, at, step = ref.partition("@")
-    check_adapter_name(name)
-    if at and not step.isdecimal():
-        raise ValueError("a checkpoint is named adapter@step, with a whole number as step")
-    return ref
-
-
-_REPO_NAME = re.compile(r"\w|\w[\w.-]{0,94}\w", re.ASCII)
-
-
-def check_repo_id(repo_id: str) -> str:
-    """Accept owner/name by the hub's rules for both (huggingface_hub.utils.validate_repo_id). Raises ValueError."""
-    parts = repo_id.split("/")
-    if len(parts) != 2 or not all(_REPO_NAME.fullmatch(part) for part in parts):
-        raise ValueError(
-            "owner/name, each 1 to 96 letters, digits, '-', '_' or '.', neither beginning nor ending with '-' or '.'"
-        )
-    if "--" in repo_id or ".." in repo_id or repo_id.endswith(".git"):
-        raise ValueError("a repository's id holds no '--' and no '..', and does not end with '.git'")
-    return repo_id
-
-
-AdapterName = Annotated[str, AfterValidator(check_adapter_name)]
-AdapterRef = Annotated[str, AfterValidator(check_adapter_ref)]
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 class Spec(BaseModel):
@@ -176,7 +140,8 @@ class DatasetSpec(Spec):
     split: str = Field("train", min_length=1, description="Split, with datasets' slicing, e.g. 'train[:10%]'.")
     file_id: str | None = Field(None, description="Id of an upload (POST /v1/files).")
     eval_file_id: str | None = Field(
-        None, description="Id of an upload whose rows are the evaluation rows, in place of test_size; with file_id only."
+        None,
+        description="Id of an upload whose rows are the evaluation rows, in place of test_size; with file_id only.",
     )
     streaming: bool = Field(False, description="Read the hub set as a stream and keep max_samples rows of it.")
     max_samples: int | None = Field(
@@ -301,7 +266,7 @@ class InitSpec(Spec):
 class HubSpec(Spec):
     """A repository of the Hugging Face hub, or of the server that the worker's HF_ENDPOINT names."""
 
-    repo_id: Annotated[str, AfterValidator(check_repo_id)] = Field(description="owner/name of a model repository.")
+    repo_id: RepoId = Field(description="owner/name of a model repository.")
     private: bool = Field(
         True,
         description="Make the repository private if it does not exist; an existing one must not be public then.",
@@ -314,22 +279,10 @@ class HubSpec(Spec):
     )
 
 
-def check_metadata(metadata: dict[str, str]) -> dict[str, str]:
-    """Accept what OpenAI's metadata may hold. Raises ValueError."""
-    if len(metadata) > 16:
-        raise ValueError("at most 16 pairs")
-    for key, value in metadata.items():
-        if not 1 <= len(key) <= 64 or len(value) > 512 or "\0" in key + value:
-            raise ValueError(f"{key[:64]!r}: keys are 1 to 64 characters, values at most 512, without NUL")
-    return metadata
-
-
-Metadata = Annotated[dict[str, str], AfterValidator(check_metadata)]
-
-
 class JobSpec(Spec):
     metadata: Metadata = Field(
-        default_factory=dict, description="Up to 16 pairs of your own (keys to 64, values to 512 characters); kept as given."
+        default_factory=dict,
+        description="Up to 16 pairs of your own (keys to 64, values to 512 characters); kept as given.",
     )
     after: list[str] = Field(
         default_factory=list,

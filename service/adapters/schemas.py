@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from service.models import AdapterRow
-from service.specs import check_adapter_name
+from service.spec_fields import check_adapter_name
 
 
 class Servable(BaseModel):

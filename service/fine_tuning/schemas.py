@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from service.models import CheckpointRow, EventRow, JobRow
-from service.specs import IftSpec, Metadata
+from service.spec_fields import Metadata
+from service.specs import IftSpec
 
 # What "auto" stands for. Three passes are what small instruction sets want; the rest are the native specs' defaults.
 AUTO_EPOCHS, AUTO_BATCH, BASE_LEARNING_RATE = 3, 8, 2e-4

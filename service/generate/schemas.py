@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from service.openai.schemas import MAX_LOGPROBS, ChatMessage, StopString
-from service.specs import AdapterRef
+from service.spec_fields import AdapterRef
 
 
 class GenerateRequest(BaseModel):
