@@ -14,6 +14,7 @@ from service.settings import Settings
 from service.specs import ModelSpec
 
 BUILTIN = "smollm2-135m-instruct"
+BUILTIN_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"  # whose weights the built-in model has, rounded to Q4_1
 
 
 def resolve(name: str, settings: Settings) -> str:
@@ -29,6 +30,13 @@ def resolve(name: str, settings: Settings) -> str:
             raise JobFailure("model_not_found", f"{name} is no model folder: it has no config.json")
         return str(folder.absolute())
     return name
+
+
+def on_hub(name: str) -> str | None:
+    """The hub's repository of a base model; None for a folder."""
+    if name == BUILTIN:
+        return BUILTIN_REPO
+    return None if name.startswith(("/", "./", "../", "~")) else name
 
 
 def load_tokenizer(base: str, model: ModelSpec, *, token: str | None, trust_remote_code: bool) -> Any:

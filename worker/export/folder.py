@@ -11,6 +11,7 @@ import torch
 
 from service.templates import StoredTemplate
 from worker import adapter_io
+from worker.base_model import on_hub
 from worker.export import template as templates
 from worker.export.plan import Plan, Skeleton
 from worker.export.weights import BaseWeights
@@ -87,16 +88,19 @@ def write_configs(
 def write_card(format: str, adapter: str, about: dict[str, Any], folder: Path) -> None:
     """A model card: what it is, from which base and jobs."""
     library, what = KINDS[format]
+    base = on_hub(about["base"])
+    # The hub refuses a card whose base_model is no repository of its own, such as a folder.
+    named = f"base_model: {base}\n" if base else ""
     text = f"""---
 library_name: {library}
-base_model: {about["base"]}
-tags: [lora, lorry]
+pipeline_tag: text-generation
+{named}tags: [lora, lorry]
 ---
 
 # {adapter}
 
 This is {what} trained with lorry ({about["kind"]}, job {about["job"]}, step {about.get("step")}) on the base model
-{about["base"]}. The prompt template it was trained with is in `lorry_template.json` and, for chats, in
+{base or Path(about["base"]).name}. The prompt template it was trained with is in `lorry_template.json` and, for chats, in
 `chat_template.jinja`. `manifest.json` lists the files with their SHA-256 and how they were verified.
 """
     (folder / "README.md").write_text(text, encoding="utf-8")
