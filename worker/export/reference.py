@@ -130,7 +130,9 @@ def take(live: Any, ids: list[list[int]], ends: list[int], folder: Path, step: C
         loss += row_loss(logprobs, row)
         if i < EFFECT_ROWS:
             with live.disable_adapter():
-                effect += mean_kl(logprobs, next_token_logprobs(live, row)) / min(EFFECT_ROWS, len(ids))
+                bare = next_token_logprobs(live, row)
+            np.save(folder / f"base-{i}.npy", bare.numpy())
+            effect += mean_kl(logprobs, bare) / min(EFFECT_ROWS, len(ids))
     step(len(ids), len(ids))
     answers = continue_greedily(live, [prompt_of(row) for row in ids], ends)
     return Reference(ids, answers, ends, loss / max(1, sum(len(r) - 1 for r in ids)), effect, folder)
