@@ -6,6 +6,7 @@ import argparse
 import gc
 import importlib
 import ipaddress
+import os
 import sys
 
 from pydantic import ValidationError
@@ -38,6 +39,9 @@ def main(argv: list[str] | None = None) -> None:
     except ValidationError as error:
         problems = "; ".join(f"LORRY_{str(e['loc'][0]).upper()}: {e['msg']}" for e in error.errors())
         raise SystemExit(f"lorry: {problems}") from None
+    token = settings.secrets_dir / "hf_token"
+    if token.is_file():  # where Hugging Face's libraries look for it
+        os.environ.setdefault("HF_TOKEN", token.read_text("utf-8").strip())
     match arguments.command:
         case "api":
             api(settings)
