@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SecretsSettingsSource, SettingsConfigDict
+
+_SECRETS_DIR = "/run/secrets"
 
 
 class Settings(BaseSettings):
-    """Settings read once per process from LORRY_… environment variables."""
+    """Settings read once per process from LORRY_… environment variables, then from files in LORRY_SECRETS_DIR."""
 
     model_config = SettingsConfigDict(env_prefix="LORRY_", extra="ignore")
 
@@ -51,6 +54,10 @@ class Settings(BaseSettings):
         description="Base model of the engine and of specs that name none: built-in name, hub id or folder.",
     )
     api_key: str | None = Field(None, description="If set, every call but health needs it as a bearer token.")
+    secrets_dir: Path = Field(
+        Path(_SECRETS_DIR),
+        description="Folder of secrets as files, each named like its variable in small letters (lorry_api_key, lorry_database_url), and hf_token. A variable goes before its file.",
+    )
     allow_public: bool = Field(False, description="Allow a non-loopback LORRY_HOST without LORRY_API_KEY.")
     max_upload_bytes: int = Field(2 * 1024**3, ge=1, description="Largest upload, in bytes.")
     trust_remote_code: bool = Field(False, description="Let model repositories run their own code while loading.")
@@ -118,6 +125,19 @@ class Settings(BaseSettings):
     keep_logs_days: float = Field(
         90.0, ge=0, description="Days after a job's end that its log and TensorBoard files stay; inf: for good."
     )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        folder = Path(os.environ.get("LORRY_SECRETS_DIR") or _SECRETS_DIR)
+        files = (SecretsSettingsSource(settings_cls, folder),) if folder.is_dir() else ()
+        return (init_settings, env_settings, *files)
 
     @property
     def sqlalchemy_url(self) -> str:
