@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator
 
+# transformers.training_args.OptimizerNames and trainer_utils.SchedulerType, 5.17 (a test compares them), less those
+# that need more arguments or packages than a spec can carry.
+Optimizer = Literal[
+    "adamw_8bit", "adamw_bnb_8bit", "adamw_torch", "adamw_torch_fused", "paged_adamw_32bit", "paged_adamw_8bit",
+    "adafactor", "sgd", "adagrad", "rmsprop", "lion_8bit", "lion_32bit", "paged_lion_32bit", "paged_lion_8bit",
+    "ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit",
+]  # fmt: skip
+Scheduler = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+]  # fmt: skip
+# llama-quantize's names in lower case (worker/export/gguf.py has what each of them is), and those a LoRA can be stored in.
+GGUF_METHODS = (
+    "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1", "q4_0",
+    "q3_k_l", "q3_k_m", "q3_k_s", "q2_k", "iq4_nl", "iq4_xs",
+)  # fmt: skip
+GGUF_LORA_METHODS = ("f32", "f16", "bf16", "q8_0")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
 
