@@ -321,6 +321,7 @@ def test_metrics_count(engine: EngineServer) -> None:
     assert value('lorry_engine_completion_tokens_total{adapter="small"}') == before + 9
     assert value("lorry_engine_adapters_loaded") == 2
     assert value("lorry_engine_first_token_seconds_count") > 0
+    assert value('lorry_engine_adapter_first_token_seconds_count{adapter="small"}') > 0
     assert value("lorry_engine_queue_seconds_count") > 0
     assert value("lorry_engine_batch_size_count") > 0
     assert value("lorry_engine_running") == value("lorry_engine_waiting") == 0

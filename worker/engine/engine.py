@@ -260,7 +260,9 @@ class Engine:
         if request.scheduled_at is not None:
             m.queue_seconds.observe(request.scheduled_at - request.submitted_at)
         if request.first_token_at is not None:
-            m.first_token_seconds.observe(request.first_token_at - request.submitted_at)
+            first = request.first_token_at - request.submitted_at
+            m.first_token_seconds.observe(first)
+            m.adapter_first_token_seconds.labels(request.key).observe(first)
             if made > 1:
                 m.token_seconds.observe((now - request.first_token_at) / (made - 1))
         delta = delta or Delta()

@@ -1,8 +1,11 @@
-"""The engine's own Prometheus numbers. An adapter's name is a label of counters only, "" being the base."""
+"""The engine's own Prometheus numbers.
+
+An adapter's name, "" being the base, is a label of counters and sums only: a histogram each would be too many series.
+"""
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
@@ -17,6 +20,12 @@ class EngineMetrics:
         )
         self.first_token_seconds = Histogram(
             "lorry_engine_first_token_seconds", "Arrival to first token.", buckets=_SECONDS, registry=r
+        )
+        self.adapter_first_token_seconds = Summary(
+            "lorry_engine_adapter_first_token_seconds",
+            "Arrival to first token, by adapter: sum and count.",
+            ["adapter"],
+            registry=r,
         )
         self.token_seconds = Histogram(
             "lorry_engine_token_seconds",
