@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, BeforeValidator
 
 # transformers.training_args.OptimizerNames and trainer_utils.SchedulerType, 5.17 (a test compares them), less those
 # that need more arguments or packages than a spec can carry.
@@ -23,6 +23,7 @@ GGUF_METHODS = (
     "q3_k_l", "q3_k_m", "q3_k_s", "q2_k", "iq4_nl", "iq4_xs",
 )  # fmt: skip
 GGUF_LORA_METHODS = ("f32", "f16", "bf16", "q8_0")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMG]?)B", re.IGNORECASE)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
 
@@ -75,3 +76,28 @@ def check_metadata(metadata: dict[str, str]) -> dict[str, str]:
 
 
 Metadata = Annotated[dict[str, str], AfterValidator(check_metadata)]
+
+
+def size_in_bytes(size: str) -> int:
+    """Bytes of e.g. '500MB' or '5GB', in powers of ten as the hub counts. Raises ValueError."""
+    found = _SIZE.fullmatch(size)
+    if found is None:
+        raise ValueError("a number with KB, MB or GB, e.g. '500MB'")
+    return int(float(found[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[found[2].upper()])
+
+
+def check_file_size(size: str) -> str:
+    """Accept a size of at least 1MB. Raises ValueError."""
+    if size_in_bytes(size) < 1_000_000:
+        raise ValueError("at least 1MB")
+    return size
+
+
+def one_or_several(value: Any) -> Any:
+    """A name alone is a list of one; names are taken in either case."""
+    value = [value] if isinstance(value, str) else value
+    return [v.lower() if isinstance(v, str) else v for v in value] if isinstance(value, list) else value
+
+
+FileSize = Annotated[str, AfterValidator(check_file_size)]
+Methods = Annotated[list[str], BeforeValidator(one_or_several)]
