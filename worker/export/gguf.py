@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import safe_open
 
 from service.errors import JobFailure
+from service.specs import ExportSpec
 from service.templates import StoredTemplate, fields_of
 from worker.export import gguf_template, llama_cpp
 from worker.export.gguf_ollama import write_modelfile
@@ -17,7 +18,7 @@ from worker.export.gguf_types import KINDS, check_types, contents, tensor_types
 from worker.export.llama_cpp import Tools
 from worker.export.reference import ANSWER_TOKENS, Comparison, Reference, equal_prefix
 
-__all__ = ["file_name", "preflight", "read_back", "tensor_types", "write"]
+__all__ = ["file_name", "read_back", "read_back_all", "tensor_types", "write"]
 
 CONTEXT = 512  # tokens: for prompts of at most 64 and their answers
 CARRIED = (0.5, 1.5)
@@ -27,13 +28,6 @@ HARD_TEXT = (
     "\n \n\n \t\t 3 33 333 3333 3.14 I'll he'S we'VE '' can't\r\n  x=1;\tfoo(bar)[0] == '''y''' 한국의 수도는 서울이다. "
     "Größe naïve नमस्ते 日本語 кириллица עברית 🚀👩‍👩‍👧 é é ---===!!!??? http://a.b/c?d=e&f  \n\n\n"
 )
-
-
-def preflight(methods: Sequence[str], tools: Tools) -> None:
-    """Raise JobFailure("unsupported") for a type that the tools in force cannot write."""
-    unknown = [m for m in methods if m not in KINDS]
-    if unknown:
-        raise JobFailure("unsupported", f"gguf: unknown type {', '.join(unknown)}")
 
 
 def file_name(name: str, method: str) -> str:
@@ -137,6 +131,26 @@ def context_length(folder: Path) -> int | None:
     return int(value) if value else None
 
 
+def read_back_all(
+    folder: Path,
+    spec: ExportSpec,
+    stored: StoredTemplate,
+    expected: Reference,
+    *,
+    tokenizer: Any,
+    tools: Tools,
+    step: Step,
+) -> dict[str, Any]:
+    """The report on all files of a gguf export: {reader, files: [that of read_back for each], problems}."""
+    reports = []
+    for i, method in enumerate(spec.methods):
+        file = folder / file_name(spec.adapter, method)
+        reports.append(read_back(file, method, stored, expected, tokenizer=tokenizer, tools=tools))
+        step(i + 1, len(spec.methods))
+    problems = [problem for report in reports for problem in report.pop("problems")]
+    return {"reader": f"llama.cpp ({tools.reader})", "files": reports, "problems": problems}
+
+
 def read_back(
     file: Path,
     method: str,
@@ -145,11 +159,10 @@ def read_back(
     *,
     tokenizer: Any,
     tools: Tools,
-    step: Step,
 ) -> dict[str, Any]:
     """Read a GGUF file back in llama.cpp and compare it with the live adapter; `tokenizer` is the served one.
 
-    Returns the report: file, reader, file_type, tensor_types, fallback, bits_per_weight, the members of
+    Returns the report: file, method, file_type, tensor_types, fallback, bits_per_weight, the members of
     Comparison.report(), adapter_carried, limit, template; `problems` says what is wrong, if anything.
     """
     found: list[str] = []
@@ -169,13 +182,11 @@ def read_back(
         },
         tools,
     )
-    step(1, 2)
     prompts = [expected.prompt(i) for i in range(len(rows))]
     greedy = {"n_predict": ANSWER_TOKENS, "temperature": 0, "return_tokens": True, "cache_prompt": False}
     asked = [*gguf_template.calls(stored), *(("/completion", {"prompt": p, **greedy}) for p in prompts)]
     request = {"file": str(file), "context": CONTEXT, "calls": asked}
     answers = llama_cpp.run("serve", request, tools)
-    step(2, 2)
     of_template, of_prompts = answers[: -len(prompts)], answers[-len(prompts) :]
     found += gguf_template.problems(stored, tokenizer, of_template)
     compared = _comparison(expected, sums, [a.get("answer", {}).get("tokens", []) for a in of_prompts])
@@ -187,7 +198,7 @@ def read_back(
         found.append(f"the file carries {carried:.3g} of what the adapter does, not 1")
     return {
         "file": file.name,
-        "reader": f"llama.cpp ({tools.reader})",
+        "method": method,
         **contents(file),
         **compared.report(),
         "adapter_carried": carried,

@@ -17,13 +17,14 @@ from service.specs import ExportSpec
 from service.templates import StoredTemplate
 from worker import adapter_io, record
 from worker.export import folder as folders
-from worker.export import load, reference, template, verify
+from worker.export import gguf, llama_cpp, load, reference, template, verify
 from worker.export.interrupt import interruptible
 from worker.export.merge_stream import write_merged
 from worker.export.source import Source, open_source
 from worker.export.space import check_space
 from worker.files import list_file, list_files, whole_folder, write_json
 from worker.outcome import Context, Outcome, check
+from worker.push import push_result
 
 
 def run(spec: ExportSpec, context: Context) -> Outcome:
@@ -42,6 +43,8 @@ def run(spec: ExportSpec, context: Context) -> Outcome:
 
     # What can be known to fail does so before the work: the base's files, the adapter's fit, the disk.
     progress.phase("planning")
+    if spec.methods:
+        llama_cpp.find(context.settings)
     with interruptible(progress):
         source = open_source(spec, context, adapter, about)
     check_space(spec, source, paths.out_dir, probe if spec.verify else [])
@@ -60,7 +63,7 @@ def run(spec: ExportSpec, context: Context) -> Outcome:
             report = None
             if expected is not None:
                 progress.phase("verifying")
-                report = judge(spec, context, source, stored, folder, expected)
+                report = judge(spec, context, source, stored, tokenizer, folder, expected)
                 progress.record({"verification": report})
             check(progress)
             # The manifest is written last: a folder without one is no export.
@@ -86,6 +89,7 @@ def run(spec: ExportSpec, context: Context) -> Outcome:
             }
             write_json(folder / "manifest.json", manifest)
             progress.asked()  # raises Fenced: another run may have made the folder that this one would replace
+    failure = None
     result = {
         "format": spec.format,
         "adapter": spec.adapter,
@@ -93,8 +97,16 @@ def run(spec: ExportSpec, context: Context) -> Outcome:
         "merged_into": source.merged_into,
         "verification": report,
     }
+    if spec.push_to_hub:
+        kept = f"The export is kept; GET /v1/jobs/{context.about['job']}/artifacts lists it"
+        try:
+            failure = push_result(paths.out_dir, spec.push_to_hub, context, result, kept)
+        except BaseException:
+            shutil.rmtree(paths.out_dir, ignore_errors=True)  # cancelled, or fenced: no row will name it
+            raise
     listed = list_file(paths.out_dir / "manifest.json", paths.out_dir)
-    return Outcome("done", result=result, artifacts=sorted([*files, listed], key=lambda f: str(f["path"])))
+    artifacts = sorted([*files, listed], key=lambda f: str(f["path"]))
+    return Outcome("done", result=result, artifacts=artifacts, failure=failure)
 
 
 def write(
@@ -128,7 +140,24 @@ def write(
         )
         ends = template.stop_ids(stored, tokenizer)
         folders.write_configs(source.base, source.plan, source.model, merged, dtype=source.dtype, ends=ends, nf4=nf4)
-    folders.write_template(source.adapter, stored, tokenizer, folder)
+    if spec.format == "gguf":
+        folders.write_template(source.adapter, stored, tokenizer, merged)
+        shutil.copy2(source.adapter / "lorry_template.json", folder / "lorry_template.json")
+        tools = llama_cpp.find(context.settings)
+        progress.phase("converting")
+        with interruptible(progress) as step:
+            gguf.write(
+                merged,
+                spec.methods,
+                folder,
+                name=spec.adapter,
+                template=stored,
+                tokenizer=tokenizer,
+                tools=tools,
+                step=step,
+            )
+    else:
+        folders.write_template(source.adapter, stored, tokenizer, folder)
     folders.write_card(spec.format, spec.adapter, source.about, folder)
 
 
@@ -150,12 +179,17 @@ def judge(
     context: Context,
     source: Source,
     stored: StoredTemplate,
+    tokenizer: Any,
     folder: Path,
     expected: reference.Reference,
 ) -> dict[str, Any]:
     """Read the export back and compare. Raises JobFailure("export_mismatch"), the files kept aside."""
     with interruptible(context.progress) as step:
-        report = verify.read_back(spec.format, folder, source, stored, expected, step)
+        if spec.format == "gguf":
+            tools = llama_cpp.find(context.settings)
+            report = gguf.read_back_all(folder, spec, stored, expected, tokenizer=tokenizer, tools=tools, step=step)
+        else:
+            report = verify.read_back(spec.format, folder, source, stored, expected, step)
     if not report["problems"]:
         return {k: v for k, v in report.items() if k != "problems"}
     context.progress.record(
