@@ -13,7 +13,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +21,7 @@ from urllib.parse import quote
 
 import uvicorn
 from fastapi import FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response
 
 BLOBS = (".safetensors", ".gguf", ".bin")  # kept as LFS blobs whatever their size
@@ -100,6 +101,7 @@ class Hub:
         self.parts: dict[str, dict[int, bytes]] = {}
         self.part_bytes = 100_000
         self.failures: list[Failure] = []
+        self.actions: list[tuple[str, Callable[[], Any]]] = []
         self.seen: Counter[str] = Counter()  # METHOD path
         self.sent: Counter[str] = Counter()  # blob's SHA-256: times it arrived whole
         self.lost: set[str] = set()  # paths that a commit leaves out, without a word
@@ -109,6 +111,10 @@ class Hub:
 
     def fail(self, pattern: str, times: int = 1, **how: Any) -> None:
         self.failures.append(Failure(pattern, times, **how))
+
+    def when(self, pattern: str, action: Callable[[], Any]) -> None:
+        """Do `action` once, before the next request that the pattern is found in is served."""
+        self.actions.append((pattern, action))
 
     def make(self, repo_id: str, *, private: bool = True, **files: bytes) -> Repo:
         """A repository that somebody has made before."""
@@ -127,6 +133,9 @@ class Hub:
             return
         line = f"{scope['method']} {scope['path']}"
         self.seen[line] += 1
+        for item in [item for item in self.actions if re.search(item[0], line)]:
+            self.actions.remove(item)
+            await run_in_threadpool(item[1])
         found = next((f for f in self.failures if f.times > 0 and re.search(f.pattern, line)), None)
         if found is None:
             await self.app(scope, receive, send)

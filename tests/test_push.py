@@ -15,14 +15,16 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.utils import _http, validate_repo_id
 
 from service.errors import JobFailure
-from service.specs import HubSpec, check_repo_id
+from service.spec_fields import check_repo_id
+from service.specs import HubSpec
 from tests.conftest import free_port
 from tests.hub_server import Hub, User, serve_hub
 from tests.recipes import Recorder
-from worker import push as pushing
+from worker import hub as pushing
 from worker.files import list_files, write_json
+from worker.hub import preflight, push
 from worker.outcome import Interrupted
-from worker.push import preflight, push
+from worker.push import prepare, push_result
 
 TOKEN = "hf_ThisIsAdasTokenAndNobodyElses"
 SPEC = HubSpec(repo_id="ada/model")
@@ -236,6 +238,20 @@ def test_without_a_token_the_job_says_where_to_put_one(hub: Hub, token: str | No
     assert "X-HF-Token" in failure.message
     assert "HF_TOKEN" in failure.message
     assert not hub.seen
+
+
+def test_a_training_under_way_outweighs_a_token_that_was_lost(hub: Hub, folder: Path, tmp_path: Path) -> None:
+    progress = Recorder()
+    with pytest.raises(JobFailure):
+        prepare(SPEC, None, progress, tmp_path)
+    (tmp_path / "checkpoints" / "checkpoint-3").mkdir(parents=True)
+    prepare(SPEC, None, progress, tmp_path)
+    assert "no hub token" in progress.logged[0]
+    context: Any = SimpleNamespace(token=None, progress=progress)
+    failure = push_result(folder, SPEC, context, {}, "It is kept")
+    assert failure is not None
+    assert failure.code == "hub_push_failed"
+    assert failure.message.endswith("in the environment of lorry's worker. It is kept")
 
 
 @pytest.mark.parametrize("token", ["hf_unknownToEverybody", "hf_mit ümläut", "hf_two words"])

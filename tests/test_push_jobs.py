@@ -29,7 +29,7 @@ from tests.conftest import new_database
 from tests.hub_server import Hub, User, serve_hub
 from tests.recipes import TRAINING, cpt_spec, texts
 from tests.worker_kit import Host
-from worker import push as pushing
+from worker import hub as pushing
 from worker import tasks
 
 TOKEN, FOREIGN = "hf_OnlyAdaHasThisOne0123456789", "hf_NobodyGaveThisOneOut"
@@ -180,6 +180,23 @@ def test_an_export_whose_push_fails_keeps_its_files(host: Host, hub: Hub, traine
         listed = {a.path for a in repository.artifacts(session, row.id)}
     assert {"adapter_model.safetensors", "manifest.json"} <= listed
     assert f"/v1/jobs/{row.id}/artifacts" in row.error["message"]  # type: ignore[index]
+
+
+def test_a_cancel_while_it_is_pushed_leaves_nothing(host: Host, hub: Hub, trained: JobRow) -> None:
+    def cancel() -> None:
+        with host.db.read() as session:
+            found, _ = repository.list_page(session, kind="export", status="running", limit=1, after=None)
+        jobs.cancel(host.db, host.queue, found[0].id)
+
+    hub.when("POST .*/ada/no/preupload/", cancel)
+    row = run(
+        host, {"kind": "export", "adapter": "pushed", "format": "merged_16bit", "push_to_hub": {"repo_id": "ada/no"}}
+    )
+    assert row.status == "cancelled"
+    assert hub.repos["ada/no"].files == {}
+    assert not (host.settings.exports_dir / row.id).exists()
+    with host.db.read() as session:
+        assert not repository.artifacts(session, row.id)
 
 
 @pytest.mark.parametrize(

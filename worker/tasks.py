@@ -91,8 +91,8 @@ def execute(db: Database, queue: JobQueue, settings: Settings, row: JobRow, prog
     progress.phase("starting")
     prepare_process(settings)
     token = hub_token(queue, row.id)
-    if spec.push_to_hub:  # before hours of work whose result nobody would take
-        importlib.import_module("worker.push").preflight(spec.push_to_hub, token, progress)
+    if spec.push_to_hub:
+        importlib.import_module("worker.push").prepare(spec.push_to_hub, token, progress, settings.job_dir(row.id))
     if row.kind != "export":
         importlib.import_module("unsloth")  # before transformers, trl and peft, which it patches
     from worker.base_model import resolve
