@@ -7,6 +7,7 @@ in SQL (result_ttl 500 s, failure_ttl 1 year), and a queued job waits as long as
 from __future__ import annotations
 
 import secrets
+import time
 from typing import Any
 
 from redis import Redis
@@ -18,6 +19,7 @@ from rq.job import Job
 
 TASK = "worker.tasks.run_job"  # by name: service never imports worker
 TOKEN_SECONDS = 30 * 86400  # a token whose job is lost with its database must not stay for good
+AWAY_SECONDS = 5.0  # after a failure, nobody waits again for a queue server for this long
 _SEPARATOR = "-"
 
 
@@ -40,6 +42,7 @@ class JobQueue:
             health_check_interval=30,
         )
         self.rq = Queue(name, connection=self.redis, default_timeout=-1)
+        self._away_until = 0.0  # monotonic: so long what reconcile() makes up for is not even tried
 
     def enqueue(self, job_id: str) -> None:
         """Put a job on the queue; a second entry does no harm. Raises redis.RedisError."""
@@ -54,21 +57,26 @@ class JobQueue:
 
     def enqueue_soon(self, job_id: str) -> bool:
         """As `enqueue`, but a queue out of reach is not an error: reconcile() puts the job there later."""
+        if time.monotonic() < self._away_until:
+            return False
         try:
             self.enqueue(job_id)
         except RedisError:
+            self._away_until = time.monotonic() + AWAY_SECONDS
             return False
         return True
 
     def remove(self, job_id: str) -> None:
-        """Take a job off the queue, if it is there."""
+        """Take a job off the queue, if it is there. Left there, an entry does no harm."""
+        if time.monotonic() < self._away_until:
+            return
         try:
             for entry in self.rq.get_job_ids():
                 if job_of(entry) == job_id:
                     self.rq.remove(entry)
                     self.redis.delete(Job.key_for(entry))
         except RedisError:
-            return
+            self._away_until = time.monotonic() + AWAY_SECONDS
 
     def waiting(self) -> set[str]:
         """Job ids on the queue. Raises redis.RedisError."""

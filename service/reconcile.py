@@ -11,7 +11,7 @@ import shutil
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,8 +52,9 @@ class Watch:
     has watched its heartbeat, whatever its value, not change.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.lock = threading.Lock()
+        self.clock = clock
         self.passes = 0
         self.told: set[str | Path] = set()  # what the log has been told of already
         self._last = 0.0
@@ -64,7 +65,7 @@ class Watch:
 
         if this process was suspended, its host was perhaps too, with the runs on it.
         """
-        now = time.monotonic()
+        now = self.clock()
         passed, self._last = min(now - self._last, longest), now
         before, self._seen = self._seen, {}
         for job_id, beat in beats.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -11,9 +12,9 @@ from service.spec_fields import check_adapter_name
 
 
 class Servable(BaseModel):
-    lorry: bool = Field(description="Whether lorry's own engine serves it: always.")
+    lorry: bool = Field(description="Whether lorry's own engine serves it: always, unless its files are gone.")
     vllm: bool = Field(description="Whether a vLLM server can load it.")
-    why: str | None = Field(description="What keeps vLLM from it.")
+    why: str | None = Field(description="What keeps vLLM, or both, from it.")
 
 
 class Adapter(BaseModel):
@@ -61,7 +62,10 @@ class Change(BaseModel):
 def adapter(row: AdapterRow, loaded: bool | None) -> Adapter:
     config = row.config
     full = bool(config.get("train_embeddings"))
+    there = row.path is not None and Path(row.path).is_dir()
     why = "vLLM loads no adapter with its own embed_tokens and lm_head; export it as merged_16bit" if full else None
+    if not there:
+        why = "its files are gone; delete it, or restore them from a backup"
     return Adapter(
         name=row.name,
         base=row.base,
@@ -78,7 +82,7 @@ def adapter(row: AdapterRow, loaded: bool | None) -> Adapter:
         bytes=row.bytes,
         loaded=loaded,
         pinned=row.pinned,
-        servable_by=Servable(lorry=True, vllm=not full, why=why),
+        servable_by=Servable(lorry=there, vllm=there and not full, why=why),
         eval_loss=row.eval_loss,
         created_at=int(row.created_at),
     )
