@@ -8,8 +8,8 @@ import pytest
 
 from benchmarks.faults.run import run, show
 
-MINUTES = float(os.environ.get("LORRY_FAULTS_MINUTES", "3"))  # until the last fault; what is queued then still ends
-SEED = int(os.environ.get("LORRY_FAULTS_SEED", "7"))
+MINUTES = float(os.environ.get("FAULTS_MINUTES", "3"))  # until the last fault; what is queued then still ends
+SEED = int(os.environ.get("FAULTS_SEED", "7"))
 
 
 @pytest.mark.faults
