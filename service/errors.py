@@ -98,7 +98,8 @@ class JobFailure(Exception):
     """A job's failure for a reason the user can act on.
 
     Codes: invalid_data, invalid_spec, model_not_found, dataset_not_found, adapter_not_found, out_of_memory,
-    insufficient_storage, worker_killed, worker_lost, parent_failed, verification_failed, export_mismatch, hub_error,
+    insufficient_storage, worker_killed, worker_lost, parent_failed, verification_failed, export_mismatch,
+    hub_token_missing, hub_token_refused, hub_forbidden, hub_repo_public, hub_unreachable, hub_error, hub_push_failed,
     unsupported, internal_error.
     """
 
