@@ -119,7 +119,7 @@ def _stop_child(here: Site, rng: random.Random, short: bool) -> str:
     if pid is None:
         return ""
     with _stopped(pid):
-        time.sleep(TIMEOUT + rng.uniform(3, 8))
+        time.sleep(TIMEOUT + rng.uniform(3, 6))
     return f"pid {pid}"
 
 
@@ -129,7 +129,7 @@ def _stop_worker(here: Site, rng: random.Random, short: bool) -> str:
     if pid is None:
         return ""
     with _stopped(pid):
-        time.sleep(TIMEOUT + rng.uniform(3, 8))
+        time.sleep(TIMEOUT + rng.uniform(3, 6))
     return worker.name
 
 
@@ -143,7 +143,7 @@ def _stop_both(here: Site, rng: random.Random, short: bool) -> str:
     pids = [pid, *here.children(worker)]
     rng.shuffle(pids)
     with _stopped(*pids):
-        time.sleep(TIMEOUT + rng.uniform(3, 8))
+        time.sleep(TIMEOUT + rng.uniform(3, 6))
     return worker.name
 
 

@@ -23,7 +23,7 @@ from service.db import Database
 from service.queue import JobQueue
 from service.settings import Settings
 
-HEARTBEAT, TIMEOUT, RECONCILE, SHUTDOWN = 1.0, 8.0, 1.0, 20.0  # seconds; lorry's own defaults are longer
+HEARTBEAT, TIMEOUT, RECONCILE, SHUTDOWN = 1.0, 15.0, 1.0, 30.0  # seconds; lorry's own defaults are longer
 TAG = "LORRY_FAULTS_TAG"  # in the environment of every process that a run starts
 DISK_MIB = 3072  # of the data folder; memory is used only for what is in it
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import signal
 import sys
 import threading
 import time
@@ -53,6 +54,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="only faults whose names contain this")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through the finally blocks: nothing is left running
     report = run(arguments.database, arguments.rounds, arguments.minutes, arguments.seed, arguments.only)
     show(report)
     sys.exit(1 if report["lost"] else 0)
