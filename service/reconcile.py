@@ -24,7 +24,7 @@ from service.files.service import drop_unfinished
 from service.jobs import repository
 from service.jobs.states import FINAL
 from service.logs import tail
-from service.models import AdapterRow, JobRow, RunRow
+from service.models import AdapterRow, ArtifactRow, JobRow, RunRow
 from service.queue import JobQueue
 from service.settings import Settings
 
@@ -217,10 +217,12 @@ def compare_disk(db: Database, settings: Settings, report: Report) -> None:
     ids = {job_id for _, job_id, _ in found} | {p.name for p in folders}
     jobs: dict[str, tuple[str, str]] = {}
     kept: set[str] = set()  # names of adapters' folders that have a row
+    listed: set[str] = set()  # exports with artifacts: those that succeeded, and those whose push alone failed
     with db.read() as session:
         for some in _chunks(sorted(ids)):
             query = select(JobRow.id, JobRow.status, JobRow.run_id).where(JobRow.id.in_(some))
             jobs |= {job_id: (status, run_id or "") for job_id, status, run_id in session.execute(query)}
+            listed |= set(session.scalars(select(ArtifactRow.job_id).where(ArtifactRow.job_id.in_(some)).distinct()))
         for name, where in session.execute(select(AdapterRow.name, AdapterRow.path).where(AdapterRow.ready)):
             folder = Path(where or "")
             kept.add(folder.name)
@@ -232,7 +234,7 @@ def compare_disk(db: Database, settings: Settings, report: Report) -> None:
             continue
         status, run_id = jobs[job_id]
         is_export = path.parent == settings.exports_dir and path.name == job_id
-        used = path.name in kept or (is_export and status == "succeeded")
+        used = path.name in kept or (is_export and job_id in listed)
         over = status in FINAL or (run is not None and not run_id.endswith(run))
         if over and not used:
             shutil.rmtree(path, ignore_errors=True)
