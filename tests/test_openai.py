@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +154,64 @@ def test_chat_without_a_limit_uses_what_the_context_has(client: openai.OpenAI) -
     assert chat.choices[0].finish_reason == "stop" or chat.usage.total_tokens == 256
 
 
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "colour": {"enum": ["red", "grün"]},
+        "sizes": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 99}, "maxItems": 3},
+    },
+    "required": ["colour", "sizes"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_json_schema_is_kept_to_whatever_the_model_would_say(client: openai.OpenAI, stream: bool) -> None:
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}
+    seen = set()
+    for seed in range(4):
+        request: Any = {
+            "model": "tuned", "messages": HELLO, "response_format": wanted, "temperature": 1.5, "seed": seed, "max_tokens": 100,
+        }  # fmt: skip
+        if stream:
+            chunks = list(client.chat.completions.create(**request, stream=True))
+            text = "".join(c.choices[0].delta.content or "" for c in chunks)
+            reason = chunks[-1].choices[0].finish_reason
+        else:
+            (choice,) = client.chat.completions.create(**request).choices
+            text, reason = choice.message.content or "", choice.finish_reason
+        found = json.loads(text)
+        assert reason == "stop"
+        assert set(found) == {"colour", "sizes"}
+        assert found["colour"] in ("red", "grün")
+        assert len(found["sizes"]) <= 3
+        assert all(0 <= n <= 99 for n in found["sizes"])
+        seen.add(text)
+    assert len(seen) > 1
+
+
+def test_choices_of_one_schema_go_their_own_ways_beside_free_text(client: openai.OpenAI) -> None:
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+    free = client.chat.completions.create(model="tuned", messages=HELLO, temperature=1, seed=5, max_tokens=20)
+    with ThreadPoolExecutor(2) as pool:
+        bound = pool.submit(
+            client.chat.completions.create, model="tuned", messages=HELLO, response_format=wanted, n=4, seed=1,
+            temperature=1.5, max_tokens=100,
+        )  # fmt: skip
+        beside = client.chat.completions.create(model="tuned", messages=HELLO, temperature=1, seed=5, max_tokens=20)
+    texts = [c.message.content or "" for c in bound.result().choices]
+    assert all(set(json.loads(text)) == {"colour", "sizes"} for text in texts)
+    assert len(set(texts)) > 1
+    assert beside.choices[0].message.content == free.choices[0].message.content
+
+
+def test_json_object_is_an_object(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="tuned", messages=HELLO, response_format={"type": "json_object"}, temperature=0, max_tokens=60
+    )
+    assert (answer.choices[0].message.content or "").startswith("{")
+
+
 def test_errors_are_the_sdks_own(client: openai.OpenAI, api: Api) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         client.chat.completions.create(model="nobody", messages=HELLO)
@@ -166,7 +226,8 @@ def test_errors_are_the_sdks_own(client: openai.OpenAI, api: Api) -> None:
     for bad in (
         {"temperature": 99},
         {"n": 0},
-        {"response_format": {"type": "json_object"}},
+        {"response_format": {"type": "xml"}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nothing"}}}},
         {"extra_body": {"nonsense": 1}},
     ):
         with pytest.raises(openai.UnprocessableEntityError) as refused:

@@ -116,7 +116,10 @@ def _sampling(body: SamplingBody) -> dict[str, Any]:
         "seed", "stop_token_ids",
     )  # fmt: skip
     flags = {name: True for name in ("ignore_eos", "include_stop_str_in_output") if getattr(body, name)}
-    return {name: getattr(body, name) for name in names} | flags
+    out = {name: getattr(body, name) for name in names} | flags
+    if body.text_schema is not None and body.response_format is not None:
+        out["response_format"] = body.response_format.model_dump(by_alias=True, exclude_none=True)
+    return out
 
 
 async def _source(model: str, db: Database, engine: EngineClient) -> Source:

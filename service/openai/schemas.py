@@ -24,6 +24,35 @@ class StreamOptions(Body):
     include_obfuscation: bool | None = Field(None, description="Accepted and without effect.")
 
 
+class JsonSchema(Body):
+    name: str = Field("response", max_length=64, description="Accepted and without effect.")
+    description: str | None = Field(None, description="Accepted and without effect.")
+    schema_: dict[str, Any] = Field(default_factory=dict, alias="schema", description="The JSON schema.")
+    strict: bool | None = Field(None, description="Accepted: the schema is always kept to.")
+
+
+class ResponseFormat(Body):
+    """What the text has to be. Prompts should ask for it too: the model does not see the schema."""
+
+    type: Literal["text", "json_object", "json_schema"] = Field(
+        description="text: anything; json_object: a JSON object; json_schema: what the schema allows."
+    )
+    json_schema: JsonSchema | None = Field(None, description="With type json_schema.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.json_schema is not None) != (self.type == "json_schema"):
+            raise ValueError("json_schema: goes with type 'json_schema', and that with it")
+        return self
+
+    @property
+    def schema_of_text(self) -> dict[str, Any] | None:
+        """The JSON schema the text must fit, or None for any text."""
+        if self.type == "text":
+            return None
+        return self.json_schema.schema_ if self.json_schema else {"type": "object"}
+
+
 class SamplingBody(Body):
     """What completions and chat completions have in common."""
 
@@ -74,15 +103,25 @@ class SamplingBody(Body):
     stream: bool | None = Field(None, description="Server-sent events instead of one answer. Default: false.")
     stream_options: StreamOptions | None = Field(None, description="Only with stream.")
     user: str | None = Field(None, description="Accepted and without effect.")
+    response_format: ResponseFormat | None = Field(
+        None, description="Text, a JSON object, or JSON that a schema allows; tokens that would break it are not drawn."
+    )
     logit_bias: dict[str, float] | None = Field(None, description="Not served; empty or null.")
 
     @model_validator(mode="after")
     def _common(self) -> Self:
         if self.logit_bias:
             raise ValueError("logit_bias: is not served")
+        if self.ignore_eos and self.text_schema is not None:
+            raise ValueError("ignore_eos: a text of a response_format ends where its JSON does")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options: only with stream")
         return self
+
+    @property
+    def text_schema(self) -> dict[str, Any] | None:
+        """The JSON schema the text must fit, or None for any text."""
+        return self.response_format.schema_of_text if self.response_format else None
 
     @property
     def stops(self) -> list[str]:
@@ -151,12 +190,6 @@ class ChatMessage(BaseModel):
         return message
 
 
-class ResponseFormat(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
-    type: str = Field(description="Only 'text' is served.")
-
-
 class ChatCompletionRequest(SamplingBody):
     """POST /v1/chat/completions."""
 
@@ -174,7 +207,6 @@ class ChatCompletionRequest(SamplingBody):
         None, description="'none' keeps the tools from the template; 'auto' is the default; others are not served."
     )
     parallel_tool_calls: bool | None = Field(None, description="Accepted and without effect.")
-    response_format: ResponseFormat | None = Field(None, description="Only {'type': 'text'} is served.")
     metadata: dict[str, Any] | None = Field(None, description="Accepted and without effect.")
     store: bool | None = Field(None, description="Accepted and without effect: nothing is stored.")
     service_tier: str | None = Field(None, description="Accepted and without effect.")
@@ -186,8 +218,6 @@ class ChatCompletionRequest(SamplingBody):
     def _served(self) -> Self:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs: only with logprobs")
-        if self.response_format is not None and self.response_format.type != "text":
-            raise ValueError(f"response_format: {self.response_format.type!r} is not served, only 'text'")
         if self.tool_choice not in (None, "none", "auto"):
             raise ValueError("tool_choice: only 'none' and 'auto' are served")
         return self

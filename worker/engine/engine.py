@@ -13,6 +13,7 @@ from typing import Any
 from service.errors import Invalid, LorryError, Unavailable
 from worker.engine.adapters import Adapter, AdapterRegistry
 from worker.engine.detokenize import Detokenizer, StopStrings
+from worker.engine.grammar import Grammars
 from worker.engine.metrics import EngineMetrics
 from worker.engine.request import Delta, Request
 from worker.engine.runner import ModelRunner
@@ -87,6 +88,7 @@ class Engine:
             runner.base_info(), max_adapters, runner.bank.install, self.metrics.evictions.inc
         )
         self.metrics.cache_blocks.set(runner.num_blocks)
+        self.grammars = Grammars(runner.vocab_size)
         self.fatal: BaseException | None = None
         self.draining = False
         self.steps = 0
@@ -227,6 +229,13 @@ class Engine:
             damaged = EngineFailed("the model's output is not a number; the adapter or the base is damaged")
             return live.stream, self._end(live, "error", damaged)
         token = sampled.token_id
+        complete = False
+        if request.grammar is not None:
+            complete, fault = request.grammar.accept(token)
+            if fault:
+                return live.stream, self._end(
+                    live, "error", Invalid(f"response_format: {fault}", param="response_format")
+                )
         request.output_ids.append(token)
         if request.first_token_at is None:
             request.first_token_at = time.monotonic()
@@ -242,6 +251,9 @@ class Engine:
         delta.text, stop = live.stops.feed(text)
         if stop is not None:
             delta.stop_reason = stop
+            return live.stream, self._end(live, "stop", delta=delta)
+        if complete:
+            delta.text += live.stops.flush()
             return live.stream, self._end(live, "stop", delta=delta)
         if len(request.output_ids) >= params.max_tokens:
             delta.text += live.stops.flush()

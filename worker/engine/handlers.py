@@ -22,6 +22,7 @@ from service.templates import StoredTemplate, render_generation
 from worker.engine.adapters import Adapter
 from worker.engine.detokenize import token_text
 from worker.engine.engine import Engine, RequestStream, shutting_down
+from worker.engine.grammar import Grammar
 from worker.engine.request import Delta, Request, SamplingParams
 
 
@@ -87,8 +88,9 @@ async def prepare_completion(engine: Engine, body: CompletionRequest) -> Job:
             if bad := next((i for i in prompt if not 0 <= i < engine.runner.vocab_size), None):
                 raise Invalid(f"prompt: {bad} is no token of this model", param="prompt")
             prompts.append(prompt)
-    template = adapter.template if adapter else None
-    return _job(engine, body, adapter, tokenizer, prompts, template, body.max_tokens, body.logprobs)
+    stops = _stops(engine, body, tokenizer, adapter.template if adapter else None)
+    grammars = await _grammars(engine, body, tokenizer, stops[1], len(prompts))
+    return _job(engine, body, adapter, tokenizer, prompts, stops, grammars, body.max_tokens, body.logprobs)
 
 
 async def prepare_chat(engine: Engine, body: ChatCompletionRequest) -> Job:
@@ -99,7 +101,19 @@ async def prepare_chat(engine: Engine, body: ChatCompletionRequest) -> Job:
         raise Invalid(f"messages: {body.model} has no chat template; use /v1/completions", param="messages")
     text = render_generation(template, messages=[m.plain() for m in body.messages], tools=body.offered_tools)
     ids = await _tokenise(tokenizer, text, False)
-    return _job(engine, body, adapter, tokenizer, [ids], template, body.limit, body.num_logprobs)
+    stops = _stops(engine, body, tokenizer, template)
+    grammars = await _grammars(engine, body, tokenizer, stops[1], 1)
+    return _job(engine, body, adapter, tokenizer, [ids], stops, grammars, body.limit, body.num_logprobs)
+
+
+async def _grammars(
+    engine: Engine, body: SamplingBody, tokenizer: Any, ends: frozenset[int], prompts: int
+) -> list[Grammar]:
+    """One for each completion, or none. Raises Invalid (invalid_schema)."""
+    schema = body.text_schema
+    if schema is None:
+        return []
+    return await asyncio.to_thread(engine.grammars.compile, schema, tokenizer, ends, prompts * body.n)
 
 
 async def _tokenise(tokenizer: Any, text: str, add_special_tokens: bool) -> list[int]:
@@ -114,14 +128,15 @@ def _job(
     adapter: Adapter | None,
     tokenizer: Any,
     prompts: list[list[int]],
-    template: StoredTemplate | None,
+    stops: tuple[tuple[str, ...], frozenset[int]],
+    grammars: list[Grammar],
     max_tokens: int | None,
     logprobs: int | None,
 ) -> Job:
     longest = engine.runner.max_model_len
     name = adapter.name if adapter else ""
-    stop, stop_ids = _stops(engine, body, tokenizer, template)
-    requests = []
+    stop, stop_ids = stops
+    requests: list[Request] = []
     for ids in prompts:
         if not ids:
             raise Invalid("prompt: has no tokens", param="prompt")
@@ -149,7 +164,8 @@ def _job(
                 include_stop_str_in_output=body.include_stop_str_in_output,
             )
             weights = adapter.weights if adapter else None
-            requests.append(Request(uuid.uuid4().hex, ids, params, key=name, adapter=weights))
+            grammar = grammars[len(requests)] if grammars else None
+            requests.append(Request(uuid.uuid4().hex, ids, params, key=name, adapter=weights, grammar=grammar))
     return Job(f"cmpl-{uuid.uuid4().hex}", requests, adapter, tokenizer, sum(map(len, prompts)))
 
 

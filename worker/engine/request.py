@@ -87,7 +87,14 @@ class Request:
     """
 
     def __init__(
-        self, request_id: str, prompt_ids: list[int], params: SamplingParams, *, key: str = "", adapter: Any = None
+        self,
+        request_id: str,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        *,
+        key: str = "",
+        adapter: Any = None,
+        grammar: Any = None,
     ) -> None:
         if not prompt_ids:
             raise ValueError("a prompt has at least one token")
@@ -96,6 +103,7 @@ class Request:
         self.params = params
         self.key = key
         self.adapter = adapter
+        self.grammar = grammar  # a worker.engine.grammar.Grammar: the tokens that may come next
         self.output_ids: list[int] = []
         self.blocks: list[int] = []
         self.computed = 0

@@ -21,7 +21,7 @@ def sample(logits: torch.Tensor, requests: list[Request]) -> list[Sampled]:
     """Choose one token a row. logits [rows, vocabulary], row i belongs to requests[i]; any float type."""
     raw = logits.float()
     broken = raw.amax(dim=-1).isnan().tolist()
-    scores = _penalise(raw, requests)
+    scores = _keep_to_grammar(_penalise(raw, requests), requests)
     chosen = scores.argmax(dim=-1)
     drawn = [i for i, r in enumerate(requests) if not r.params.greedy and not broken[i]]
     if drawn:
@@ -30,6 +30,19 @@ def sample(logits: torch.Tensor, requests: list[Request]) -> list[Sampled]:
     tokens: list[int] = chosen.tolist()
     logprobs = _logprobs(raw, chosen, tokens, requests)
     return [Sampled(None if broken[i] else token, logprobs[i]) for i, token in enumerate(tokens)]
+
+
+def _keep_to_grammar(scores: torch.Tensor, requests: list[Request]) -> torch.Tensor:
+    """Tokens that a request's grammar does not allow can be neither the likeliest nor drawn."""
+    rows = [(i, r.grammar) for i, r in enumerate(requests) if r.grammar is not None]
+    if not rows:
+        return scores
+    scores = scores.clone()
+    for i, grammar in rows:
+        allowed = grammar.allowed()
+        if allowed is not None:  # a grammar that failed is told when its next token is taken in
+            scores[i].masked_fill_(~allowed.to(scores.device), float("-inf"))
+    return scores
 
 
 def _penalise(raw: torch.Tensor, requests: list[Request]) -> torch.Tensor:
