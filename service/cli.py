@@ -1,4 +1,4 @@
-"""lorry up | api | worker | engine | migrate | settings"""
+"""lorry up | api | worker | engine | migrate | backup | restore | prune | settings"""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sys
 
 from pydantic import ValidationError
 
-from service import __version__
+from service import __version__, operations
 from service.logs import configure
 from service.settings import Settings, get_settings
 
@@ -26,7 +26,9 @@ def main(argv: list[str] | None = None) -> None:
     commands.add_parser("api", help="serve the HTTP API")
     commands.add_parser("worker", help="run jobs from the queue, one at a time")
     commands.add_parser("engine", help="serve the generation engine")
-    commands.add_parser("migrate", help="bring the database to the newest revision")
+    migrating = commands.add_parser("migrate", help="bring the database to the newest revision")
+    migrating.add_argument("--to", metavar="REVISION", default="head", help="another revision, older ones too")
+    operations.add_parsers(commands)
     commands.add_parser("settings", help="print every LORRY_ variable: default, current value, meaning")
     up = commands.add_parser("up", help="all of it on this machine: migrate, queue server, api, worker, engine")
     up.add_argument("--workers", type=_workers, default=1, metavar="N", help="worker processes (default: 1)")
@@ -52,7 +54,13 @@ def main(argv: list[str] | None = None) -> None:
         case "engine":
             importlib.import_module("worker.engine.server").main()
         case "migrate":
-            migrate(settings)
+            operations.migrate(settings, arguments.to)
+        case "backup":
+            operations.backup(settings, arguments)
+        case "restore":
+            operations.restore(settings, arguments)
+        case "prune":
+            operations.prune(settings, arguments)
         case "settings":
             print_settings(settings)
         case "up":
@@ -112,19 +120,6 @@ def _loopback(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:  # a name, which may stand for any address
         return False
-
-
-def migrate(settings: Settings) -> None:
-    from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import SQLAlchemyError
-
-    from service.migrate import upgrade
-
-    try:
-        upgrade(settings.sqlalchemy_url)
-    except SQLAlchemyError as error:
-        raise SystemExit(f"lorry: cannot migrate: {error}") from None
-    print(f"at the newest revision: {make_url(settings.sqlalchemy_url).render_as_string(hide_password=True)}")
 
 
 def print_settings(settings: Settings) -> None:

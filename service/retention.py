@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
-from sqlalchemy import Text, cast, delete, func, select, update
+from sqlalchemy import Text, cast, delete, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from service.adapters import repository as adapters
@@ -172,12 +172,10 @@ def needed(session: Session, row: CheckpointRow, held: Collection[str] = ()) -> 
     if own is not None and own.pinned:
         return True
     names = [row.job_id, *([own.name] if own is not None else [])]
-    if adapters.job_that_names(session, names, but=row.job_id):
-        return True
-    starts = [AdapterRow.parent.startswith(f"{name}@", autoescape=True) for name in names]
-    parents = session.scalars(select(AdapterRow.parent).where(starts[0] if len(starts) == 1 else starts[0] | starts[1]))
+    made = or_(*(AdapterRow.parent.startswith(f"{name}@", autoescape=True) for name in names))
+    parents = session.scalars(select(AdapterRow.parent).where(made))
     mine = {(name, row.step) for name in names}
-    return any(_split(ref) in mine for ref in [*parents, *held])
+    return any(_split(ref or "") in mine for ref in [*parents, *adapters.checkpoints_named(session, names), *held])
 
 
 def _refused(session: Session, settings: Settings, now: float) -> Iterator[Item]:

@@ -10,6 +10,8 @@ from sqlalchemy.orm import Session
 from service.jobs.states import FINAL
 from service.models import AdapterRow, CheckpointRow, JobRow
 
+_REFS = (JobRow.spec[("init", "adapter")].as_string(), JobRow.spec["adapter"].as_string())  # where a spec names one
+
 
 def list_page(session: Session, *, limit: int, after: str | None) -> tuple[Sequence[AdapterRow], bool]:
     """Finished adapters by name, at most `limit`, those behind `after`; and whether more follow."""
@@ -27,18 +29,21 @@ def lock(session: Session, name: str) -> AdapterRow | None:
 
 def needed_by(session: Session, row: AdapterRow) -> str | None:
     """Id of an unfinished job that starts from this adapter, or from one of its checkpoints, or exports it."""
-    return job_that_names(session, (row.name, row.job_id), but=row.job_id)
-
-
-def job_that_names(session: Session, names: Iterable[str], *, but: str) -> str | None:
-    """Id of an unfinished job, other than `but`, whose spec refers to one of these adapters or to a checkpoint of it."""
-    refs = [JobRow.spec[("init", "adapter")].as_string(), JobRow.spec["adapter"].as_string()]
     uses = []
-    for source in names:
-        for ref in refs:
+    for source in (row.name, row.job_id):
+        for ref in _REFS:
             uses += [ref == source, ref.like(f"{_literal(source)}@%", escape="\\")]
-    query = select(JobRow.id).where(JobRow.status.not_in(FINAL), JobRow.id != but, or_(*uses))
+    query = select(JobRow.id).where(JobRow.status.not_in(FINAL), JobRow.id != row.job_id, or_(*uses))
     return session.scalar(query.limit(1))
+
+
+def checkpoints_named(session: Session, names: Iterable[str]) -> set[str]:
+    """`name@step` of the checkpoints, of adapters (or jobs) with these names, that unfinished jobs refer to."""
+    found: set[str] = set()
+    for ref in _REFS:
+        mine = or_(*(ref.like(f"{_literal(name)}@%", escape="\\") for name in names))
+        found |= set(session.scalars(select(ref).where(JobRow.status.not_in(FINAL), mine)))
+    return found
 
 
 def _literal(text: str) -> str:
