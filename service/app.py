@@ -35,6 +35,7 @@ from service.migrate import is_current
 from service.openai import endpoints as openai
 from service.queue import JobQueue
 from service.reconcile import reconcile
+from service.retention import prune_forever
 from service.settings import Settings, get_settings
 from service.shutdown import OpenRequests, Shutdown
 from service.telemetry import Telemetry
@@ -88,12 +89,15 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     collector = health.JobsCollector(app.state.registry, db, queue)
     app.state.events = hub = EventHub(db, app.state.registry)
     app.state.shutdown.on_begin.append(hub.stop)
-    loop = asyncio.create_task(_reconcile_forever(db, queue, settings))
+    chores = [asyncio.create_task(_reconcile_forever(db, queue, settings))]
+    if settings.prune_seconds:
+        chores.append(asyncio.create_task(prune_forever(db, settings)))
     try:
         yield
     finally:
-        loop.cancel()
-        await asyncio.gather(loop, return_exceptions=True)
+        for chore in chores:
+            chore.cancel()
+        await asyncio.gather(*chores, return_exceptions=True)
         app.state.registry.unregister(collector)
         await hub.close()
         await engine.aclose()

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from service.locks import exclusive
 from service.models import AdapterRow, CheckpointRow, FileRow, JobRow
 from service.retention import RESUME_FILES, needed, plan, prune, remove
 from service.settings import Settings, get_settings
-from tests.conftest import Api
+from tests.conftest import Api, serve
+from tests.serving import until
 from tests.steps import adapter, checkpoint, cpt, error_of, fail, ift, post, start, succeed, unique
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -263,6 +264,13 @@ def test_one_process_prunes_at_a_time(api: Api) -> None:
         assert first
         assert prune(api.db, api.settings) is None
     assert prune(api.db, api.settings) is not None
+
+
+def test_an_api_process_prunes_by_itself(sqlite_url: str, make_settings: Callable[..., Settings]) -> None:
+    with serve(make_settings(database_url=sqlite_url, prune_seconds=0.2, keep_uploads_days=7)) as served:
+        file_id = upload(served, 9)
+        until(lambda: not file_of(served, file_id).exists(), 60)
+        assert served.http.get(f"/v1/files/{file_id}").status_code == 404
 
 
 @pytest.fixture
