@@ -200,6 +200,7 @@ def main() -> None:
 def work(settings: Settings) -> bool:
     """Take jobs until told to stop (True) or until the queue server fails in a way that RQ does not get over (False)."""
     worker = LorryWorker(settings)
+    os.environ["LORRY_WORKER_PID"] = str(os.getpid())  # by which a child knows whether its parent still lives
     try:
         worker.work(with_scheduler=False, logging_level=settings.log_level.upper())
     except RedisError as error:

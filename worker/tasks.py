@@ -41,6 +41,7 @@ log = logging.getLogger("lorry.worker")
 # What torch, safetensors and SQLite say in exceptions that are no MemoryError and no OSError.
 OUT_OF_MEMORY = ("can't allocate memory", "CUDA out of memory")
 DISK_FULL = ("No space left on device", "database or disk is full", "PytorchStreamWriter failed", ". unexpected pos ")
+WORKER_PID = "LORRY_WORKER_PID"  # set by the RQ parent
 RECIPES = {"cpt": "worker.cpt", "ift": "worker.ift", "export": "worker.export.job"}
 
 
@@ -273,7 +274,7 @@ def stop_on_signal(progress: SqlProgress) -> Iterator[None]:
 
     previous = signal.signal(signal.SIGUSR1, stop)
     if sys.platform == "linux":
-        parent = os.getppid()
+        parent = int(os.environ.get(WORKER_PID) or os.getppid())  # the worker may have died before this line
         ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGUSR1)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:
             progress.stopping = True
