@@ -217,7 +217,7 @@ def compare_disk(db: Database, settings: Settings, report: Report) -> None:
     ids = {job_id for _, job_id, _ in found} | {p.name for p in folders}
     jobs: dict[str, tuple[str, str]] = {}
     kept: set[str] = set()  # names of adapters' folders that have a row
-    listed: set[str] = set()  # exports with artifacts: those that succeeded, and those whose push alone failed
+    listed: set[str] = set()  # exports with artifacts, be it that their push failed
     with db.read() as session:
         for some in _chunks(sorted(ids)):
             query = select(JobRow.id, JobRow.status, JobRow.run_id).where(JobRow.id.in_(some))
@@ -234,7 +234,7 @@ def compare_disk(db: Database, settings: Settings, report: Report) -> None:
             continue
         status, run_id = jobs[job_id]
         is_export = path.parent == settings.exports_dir and path.name == job_id
-        used = path.name in kept or (is_export and job_id in listed)
+        used = path.name in kept or (is_export and (status == "succeeded" or job_id in listed))
         over = status in FINAL or (run is not None and not run_id.endswith(run))
         if over and not used:
             shutil.rmtree(path, ignore_errors=True)

@@ -23,6 +23,7 @@ from service.jobs import service as jobs
 from service.migrate import upgrade
 from service.models import AdapterRow, JobRow
 from service.queue import JobQueue
+from service.reconcile import Report, compare_disk
 from service.settings import Settings
 from service.specs import parse_spec
 from tests.conftest import new_database
@@ -176,8 +177,10 @@ def test_an_export_whose_push_fails_keeps_its_files(host: Host, hub: Hub, traine
     row = run(host, {"kind": "export", "adapter": "pushed", "push_to_hub": {"repo_id": "ada/export"}})
     hub.failures.clear()
     assert (row.status, row.error["code"]) == ("failed", "hub_push_failed")  # type: ignore[index]
+    compare_disk(host.db, host.settings, Report())  # what failed jobs left goes, but not this
     with host.db.read() as session:
         listed = {a.path for a in repository.artifacts(session, row.id)}
+    assert all((host.settings.exports_dir / row.id / path).is_file() for path in listed)
     assert {"adapter_model.safetensors", "manifest.json"} <= listed
     assert f"/v1/jobs/{row.id}/artifacts" in row.error["message"]  # type: ignore[index]
 
