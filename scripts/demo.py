@@ -378,7 +378,7 @@ def demo(service: Service, loss_svg: Path) -> None:
         report = job["result"]["verification"]
         console.print(
             f"  {job['result']['bytes'] / 1e6:,.0f} MB; read back: mean KL {report['mean_kl']:.2g} from the adapter, "
-            f"same likeliest token at {report['greedy_agreement']:.1%}"
+            f"{report['greedy_tokens']['equal']} of {report['greedy_tokens']['total']} generated tokens the same"
         )
     console.print()
     service.wait_for("engine")

@@ -120,7 +120,7 @@ def test_a_chain_of_jobs_trains_and_exports(host: Host, tiny_base: Path, rows: P
         p.name for p in merged.iterdir()
     }
     report = host.job(exports[1]).result["verification"]
-    assert report["stored_dtypes"] == ["BF16"]
+    assert set(report["tensor_types"]) == {"BF16"}
     assert report["mean_kl"] < report["limit"]
     record = host.runs(first)[0].record
     assert {"data", "optimizer", "versions", "device", "trainable_parameters"} <= set(record)

@@ -10,16 +10,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer
 
 from service.errors import JobFailure
 from service.specs import ExportSpec
 from service.templates import StoredTemplate
 from worker import adapter_io, record
+from worker.export import fingerprint, gguf, llama_cpp, load, reference, template, verify
 from worker.export import folder as folders
-from worker.export import gguf, llama_cpp, load, reference, template, verify
 from worker.export.interrupt import interruptible
 from worker.export.merge_stream import write_merged
+from worker.export.plan import Planned
 from worker.export.source import Source, open_source
 from worker.export.space import check_space
 from worker.files import list_file, list_files, whole_folder, write_json
@@ -51,19 +53,21 @@ def run(spec: ExportSpec, context: Context) -> Outcome:
     progress.record({"merged_into": source.merged_into})
 
     with scratch(paths.run_dir / "export") as aside:
-        expected = None
+        expected, weights = None, None
         if spec.verify:
             progress.phase("loading")
             with interruptible(progress) as step:
                 ends = template.stop_ids(stored, tokenizer)
-                expected = ask_adapter(source, probe, ends, aside / "expected", step)
+                expected, weights = ask_adapter(spec, source, probe, ends, aside / "expected", step)
         with whole_folder(paths.out_dir) as folder:
             write(spec, context, source, stored, tokenizer, folder, aside)
             check(progress)
             report = None
             if expected is not None:
                 progress.phase("verifying")
-                report = judge(spec, context, source, stored, tokenizer, folder, expected)
+                merged = aside / "merged" if spec.format == "gguf" else folder
+                checked = (merged, weights) if weights is not None else None
+                report = judge(spec, context, source, stored, tokenizer, folder, expected, checked)
                 progress.record({"verification": report})
             check(progress)
             # The manifest is written last: a folder without one is no export.
@@ -127,7 +131,6 @@ def write(
         progress.phase("merging")
         merged = folder if spec.format != "gguf" else aside / "merged"
         merged.mkdir(exist_ok=True)
-        nf4 = spec.format == "merged_4bit"
         write_merged(
             source.base,
             source.adapter,
@@ -136,10 +139,18 @@ def write(
             shard_bytes=spec.shard_bytes,
             step=stepper(context),
             trained_on=source.trained_on,
-            quantize=lambda planned: nf4 and planned.linear,
+            quantize=in_nf4(spec),
         )
         ends = template.stop_ids(stored, tokenizer)
-        folders.write_configs(source.base, source.plan, source.model, merged, dtype=source.dtype, ends=ends, nf4=nf4)
+        folders.write_configs(
+            source.base,
+            source.plan,
+            source.model,
+            merged,
+            dtype=source.dtype,
+            ends=ends,
+            nf4=spec.format == "merged_4bit",
+        )
     if spec.format == "gguf":
         folders.write_template(source.adapter, stored, tokenizer, merged)
         shutil.copy2(source.adapter / "lorry_template.json", folder / "lorry_template.json")
@@ -162,16 +173,24 @@ def write(
 
 
 def ask_adapter(
-    source: Source, probe: list[list[int]], ends: list[int], folder: Path, step: Callable[[int, int], None]
-) -> reference.Reference:
-    """What the live adapter answers to the probe, on the base that the export is made from."""
+    spec: ExportSpec,
+    source: Source,
+    probe: list[list[int]],
+    ends: list[int],
+    folder: Path,
+    step: Callable[[int, int], None],
+) -> tuple[reference.Reference, dict[str, torch.Tensor] | None]:
+    """What the live adapter answers to the probe, on the base that the export is made from, and what PEFT merges it to."""
     live = load.load_live(
         source.name, source.adapter, source.place, source.load_in, revision=source.revision, hub=source.hub
     )
     expected = reference.take(live, probe, ends, folder, step)
+    weights = None
+    if spec.format != "lora" and source.place.dtype == torch.float32:
+        weights = fingerprint.of_peft(live, source.plan.tensors, in_nf4(spec), lambda: None)
     del live
     load.free()
-    return expected
+    return expected, weights
 
 
 def judge(
@@ -182,14 +201,21 @@ def judge(
     tokenizer: Any,
     folder: Path,
     expected: reference.Reference,
+    merged: tuple[Path, dict[str, torch.Tensor]] | None,
 ) -> dict[str, Any]:
-    """Read the export back and compare. Raises JobFailure("export_mismatch"), the files kept aside."""
+    """Read the export back and compare. Raises JobFailure("export_mismatch"), the files kept aside.
+
+    `merged` is the transformers folder of the merged model, and what PEFT's own merge gives.
+    """
     with interruptible(context.progress) as step:
         if spec.format == "gguf":
             tools = llama_cpp.find(context.settings)
             report = gguf.read_back_all(folder, spec, stored, expected, tokenizer=tokenizer, tools=tools, step=step)
         else:
             report = verify.read_back(spec.format, folder, source, stored, expected, step)
+        if merged is not None:
+            report["weights"], differing = verify.same_weights(*merged)
+            report["problems"] += differing
     if not report["problems"]:
         return {k: v for k, v in report.items() if k != "problems"}
     context.progress.record(
@@ -203,6 +229,11 @@ def judge(
     raise JobFailure(
         "export_mismatch", f"the export does not say what the adapter says: {'; '.join(report['problems'])}"
     )
+
+
+def in_nf4(spec: ExportSpec) -> Callable[[Planned], bool]:
+    """Which of the merged tensors are stored in 4 bits."""
+    return lambda planned: spec.format == "merged_4bit" and planned.linear
 
 
 def stepper(context: Context) -> Callable[[int, int], None]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import psutil
 import torch
 from peft import PeftModel
@@ -54,6 +55,9 @@ def load_live(
         )
     model = AutoModelForCausalLM.from_pretrained(base, **kwargs)
     if getattr(model, "is_quantized", False) and where.roomy:
+        for module in model.modules():
+            if isinstance(module, bnb.nn.Linear4bit):
+                module.weight.quant_state.dtype = where.dtype  # else a rounding to 16 bits comes in between
         model = model.dequantize(dtype=where.dtype)
         model.config.quantization_config = None
         model.is_quantized = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,16 +16,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from service.errors import JobFailure
 from service.templates import StoredTemplate
-from worker.export import load, reference, template
+from worker import adapter_io
+from worker.export import fingerprint, load, reference, template
 from worker.export.source import Source
+from worker.export.weights import open_base
 
 
 @dataclass(frozen=True)
 class Limit:
     """Mean KL (nats) from the live adapter over all positions of the probe; docs/exports.md has the measurements.
 
-    An export of an adapter that does little must still carry what it does: `share` of the adapter's effect (the KL from
-    it to its base) is allowed too, unless that is less than `noise`, which the format's rounding alone may take.
+    A model that is sure of nothing, or an adapter that does little, would pass any absolute limit: an export may also be
+    no further than `share` of the adapter's effect (the KL from it to its base), unless that is less than `noise`, which
+    the format's rounding may take.
     """
 
     mean_kl: float
@@ -38,8 +42,8 @@ class Limit:
 
 
 LIMITS = {
-    "lora": Limit(1e-4, share=0.1, noise=1e-6),
-    "merged_16bit": Limit(1e-2, share=0.5, noise=1e-3),
+    "lora": Limit(1e-4, share=0.05, noise=1e-6),
+    "merged_16bit": Limit(1e-2, share=0.05, noise=1e-3),
     "merged_4bit": Limit(0.5),
 }
 
@@ -64,6 +68,10 @@ def read_back(
         problems.append(failure.message)
     report["tensor_types"] = dict(tensor_types(folder))
     problems += check_types(format, folder, source)
+    if format == "lora" and not filecmp.cmp(
+        folder / adapter_io.WEIGHTS, source.adapter / adapter_io.WEIGHTS, shallow=False
+    ):
+        problems.append(f"{adapter_io.WEIGHTS} is not the adapter's")
     model, lost = read(format, folder, source)
     problems += lost
     compared = reference.compare(model, expected, step)
@@ -76,6 +84,15 @@ def read_back(
     if format == "merged_4bit":
         report["bits_per_weight"] = bits_per_weight(folder, source)
     return {**report, "problems": problems}
+
+
+def same_weights(folder: Path, peft: dict[str, torch.Tensor]) -> tuple[dict[str, Any], list[str]]:
+    """Compare a merged folder with the projections of PEFT's own merge; the report, and what is wrong."""
+    found = fingerprint.compare(open_base(str(folder), revision=None, token=None), peft, lambda: None)
+    problems = []
+    if not found["largest_difference"] <= fingerprint.TOLERANCE:
+        problems.append(f"{found['tensor']} differs from PEFT's merge by {found['largest_difference']:.2g}")
+    return {**found, "limit": fingerprint.TOLERANCE}, problems
 
 
 def read(format: str, folder: Path, source: Source) -> tuple[Any, list[str]]:
