@@ -144,7 +144,7 @@ class Client:
 
     def submit(self, stop: threading.Event, backlog: int) -> None:
         """In a thread: more work whenever there is little left."""
-        while not stop.wait(0.5):
+        while not stop.wait(2):
             if self.unfinished() >= backlog:
                 continue
             self.numbers += 1
@@ -227,7 +227,7 @@ class Generator:
         self.http = httpx.Client(base_url=here.url, timeout=httpx.Timeout(10, read=60), trust_env=False)
 
     def run(self, stop: threading.Event) -> None:
-        while not stop.wait(self.rng.uniform(0.2, 1.0)):
+        while not stop.wait(self.rng.uniform(0.3, 2.0)):
             adapter = self.rng.choice(list(self.known))
             stream = self.rng.random() < 0.7
             kind = "stream" if stream else "generate"

@@ -23,8 +23,9 @@ from service.db import Database
 from service.queue import JobQueue
 from service.settings import Settings
 
-HEARTBEAT, TIMEOUT, RECONCILE, SHUTDOWN = 1.0, 15.0, 1.0, 30.0  # seconds; lorry's own defaults are longer
+HEARTBEAT, TIMEOUT, RECONCILE, SHUTDOWN = 1.0, 20.0, 1.0, 30.0  # seconds; time-out as by default
 TAG = "LORRY_FAULTS_TAG"  # in the environment of every process that a run starts
+ALL_PARTS = "database,queue,engine"
 DISK_MIB = 3072  # of the data folder; memory is used only for what is in it
 
 
@@ -80,6 +81,7 @@ class Site:
     redis_url: str = ""
     parts: dict[str, Part] = field(default_factory=dict)
     stopping: threading.Event = field(default_factory=threading.Event)
+    http: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=10, trust_env=False))
 
     @property
     def data(self) -> Path:
@@ -119,18 +121,18 @@ class Site:
         """The file that says by how much a part's clock is off."""
         return self.root / f"clock-{name}"
 
-    def ready(self, seconds: float) -> float | None:
-        """Wait until every part runs and answers; the seconds it took, or None if it did not come to that."""
+    def ready(self, seconds: float, parts: str = "database,queue") -> float | None:
+        """Wait until every process runs and these parts answer; the seconds it took, or None if it came not to that."""
         began = time.monotonic()
         while time.monotonic() - began < seconds:
             if all(p.pid is not None for p in self.parts.values()):
                 try:
-                    answer = httpx.get(f"{self.url}/readyz?parts=database,queue,engine", timeout=5, trust_env=False)
+                    answer = self.http.get(f"{self.url}/readyz?parts={parts}")
                     if answer.status_code == 200:
                         return time.monotonic() - began
                 except httpx.HTTPError:
                     pass
-            time.sleep(0.2)
+            time.sleep(0.5)
         return None
 
     def supervise(self) -> None:
@@ -198,7 +200,7 @@ def site(kind: str, workers: int = 2) -> Iterator[Site]:
             (root / "logs").mkdir()
             _prepare(here, workers)
             threading.Thread(target=here.supervise, daemon=True).start()
-            if here.ready(120) is None:
+            if here.ready(240, ALL_PARTS) is None:
                 raise SystemExit("the parts do not start:\n" + logs(here))
             yield here
         finally:

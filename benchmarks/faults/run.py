@@ -23,12 +23,12 @@ import httpx
 from benchmarks import common
 from benchmarks.faults import checks, parts
 from benchmarks.faults.inject import Fault, faults
-from benchmarks.faults.load import PROMPT, Client, Follower, Generator, Ledger, Sent, start
-from benchmarks.faults.parts import RECONCILE, Site
+from benchmarks.faults.load import FINAL, PROMPT, Client, Follower, Generator, Ledger, Sent, start
+from benchmarks.faults.parts import ALL_PARTS, RECONCILE, Site
 from benchmarks.faults.watch import Watcher
 from tests.recipes import texts
 
-READY_SECONDS, QUIET_SECONDS = 90.0, 600.0
+READY_SECONDS, QUIET_SECONDS = 120.0, 900.0
 LEAST = 6  # rounds, however slow the machine is
 BACKLOG = 5  # unfinished jobs kept there for two workers
 
@@ -51,16 +51,22 @@ def main() -> None:
     parser.add_argument(
         "--minutes", type=float, default=None, help="the last fault after this long; outages are kept short"
     )
+    parser.add_argument(
+        "--at-most", type=float, default=None, help="minutes until the last fault, outages as long as ever"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="only faults whose names contain this")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through the finally blocks: nothing is left running
-    report = run(arguments.database, arguments.rounds, arguments.minutes, arguments.seed, arguments.only)
+    minutes, short = arguments.minutes or arguments.at_most, arguments.minutes is not None
+    report = run(arguments.database, arguments.rounds, minutes, arguments.seed, arguments.only, short=short)
     show(report)
     sys.exit(1 if report["lost"] else 0)
 
 
-def run(database: str, rounds: int, minutes: float | None, seed: int, only: str = "") -> dict[str, Any]:
+def run(
+    database: str, rounds: int, minutes: float | None, seed: int, only: str = "", *, short: bool = True
+) -> dict[str, Any]:
     """Everything from the undisturbed reference to the last check; the report, with `lost` as the number of findings."""
     began = time.monotonic()
     until = began + 60 * minutes if minutes else float("inf")
@@ -80,9 +86,11 @@ def run(database: str, rounds: int, minutes: float | None, seed: int, only: str 
             start(Follower(here, ledger).run, stop),
         ]
         chosen = [f for f in faults(here) if only in f.name]
-        result = inject(here, ledger, watcher, chosen, rng, rounds, until, short=minutes is not None)
+        result = inject(here, ledger, watcher, chosen, rng, rounds, until, short=short)
         more.set()
         submitter.join()
+        if here.ready(READY_SECONDS, ALL_PARTS) is None:
+            result.lines.append("in the end: NOT READY again")
         quiet = wait_for_quiet(here, ledger)
         stop.set()
         for thread in asking:
@@ -115,9 +123,7 @@ def run(database: str, rounds: int, minutes: float | None, seed: int, only: str 
 def upload(here: Site) -> str:
     path = texts(here.root / "rows.jsonl", n=80)
     with open(path, "rb") as file:
-        answer = httpx.post(
-            f"{here.url}/v1/files", files={"file": file}, data={"purpose": "fine-tune"}, timeout=30, trust_env=False
-        )
+        answer = here.http.post(f"{here.url}/v1/files", files={"file": file}, data={"purpose": "fine-tune"})
     answer.raise_for_status()
     file_id: str = answer.json()["id"]
     return file_id
@@ -126,11 +132,12 @@ def upload(here: Site) -> str:
 def undisturbed(here: Site, client: Client) -> tuple[dict[str, Any], dict[str | None, str]]:
     """Run one job of each role alone: what they come to, and what base and adapters answer."""
     client.chain("ref", ["cpt", "ift", "export-lora", "export-merged_16bit"])
-    deadline = time.monotonic() + 400
-    while not all(status_of(here, s) in ("succeeded", "failed") for s in client.ledger.sent):
-        if time.monotonic() > deadline:
-            raise SystemExit("the undisturbed jobs did not end:\n" + parts.logs(here))
-        time.sleep(0.5)
+    deadline = time.monotonic() + 1200
+    for sent in client.ledger.sent:
+        while status_of(here, sent) not in FINAL:
+            if time.monotonic() > deadline:
+                raise SystemExit("the undisturbed jobs did not end:\n" + parts.logs(here))
+            time.sleep(1)
     db = here.database()
     reference = {s.role: checks.outcome(db, here, s.job_id or "") for s in client.ledger.sent}
     db.dispose()
@@ -139,7 +146,7 @@ def undisturbed(here: Site, client: Client) -> tuple[dict[str, Any], dict[str | 
     known: dict[str | None, str] = {}
     for adapter in (None, "ref", "ref-chat"):
         body = {"adapter": adapter, "prompt": PROMPT, "max_new_tokens": 48, "temperature": 0}
-        answer = httpx.post(f"{here.url}/generate", json=body, timeout=60, trust_env=False)
+        answer = here.http.post(f"{here.url}/generate", json=body, timeout=60)
         answer.raise_for_status()
         known[adapter] = answer.json()["text"]
     return reference, known
@@ -148,7 +155,7 @@ def undisturbed(here: Site, client: Client) -> tuple[dict[str, Any], dict[str | 
 def status_of(here: Site, sent: Sent) -> str:
     """The job's state, or "" while the API does not say."""
     try:
-        status: str = httpx.get(f"{here.url}/v1/jobs/{sent.job_id}", timeout=10, trust_env=False).json()["status"]
+        status: str = here.http.get(f"{here.url}/v1/jobs/{sent.job_id}").json()["status"]
     except (httpx.HTTPError, ValueError, KeyError):
         return ""
     return status
@@ -158,7 +165,10 @@ def inject(
     here: Site, ledger: Ledger, watcher: Watcher, chosen: list[Fault], rng: random.Random, rounds: int, until: float,
     *, short: bool,
 ) -> Rounds:  # fmt: skip
-    """Round by round: a fault at a random moment, then until all parts answer again."""
+    """Round by round: a fault at a random moment, then until API, database and queue answer again.
+
+    The engine, which loads its model first, is waited for only before it is the next to be broken.
+    """
     result = Rounds()
     order: list[Fault] = []
     while (done := sum(result.done.values())) < rounds and (done < LEAST or time.monotonic() < until):
@@ -167,7 +177,9 @@ def inject(
         fault = order.pop()
         time.sleep(rng.uniform(0.5, 3))
         moment = "any time"
-        if rng.random() < 0.6 and wait_for_training(watcher, 15):
+        if "engine" in fault.breaks and here.ready(READY_SECONDS, ALL_PARTS) is None:
+            result.lines.append(f"before {fault.name}: the engine is NOT READY again")
+        if rng.random() < 0.6 and wait_for_training(watcher, 10):
             moment = "while training"
             time.sleep(rng.uniform(0, 2))
         began = time.monotonic()
@@ -203,8 +215,8 @@ def wait_for_quiet(here: Site, ledger: Ledger) -> list[str]:
     deadline = time.monotonic() + QUIET_SECONDS
     waiting = [s for s in ledger.sent if s.job_id]
     while waiting and time.monotonic() < deadline:
-        waiting = [s for s in waiting if status_of(here, s) not in ("succeeded", "failed", "cancelled")]
-        time.sleep(0.5)
+        waiting = [s for s in waiting if status_of(here, s) not in FINAL]
+        time.sleep(2)
     return [f"{s.job_id} ({s.key}) is {status_of(here, s)} after {QUIET_SECONDS:g} s of quiet" for s in waiting]
 
 
