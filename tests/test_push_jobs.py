@@ -35,6 +35,8 @@ from worker import tasks
 
 TOKEN, FOREIGN = "hf_OnlyAdaHasThisOne0123456789", "hf_NobodyGaveThisOneOut"
 
+EXPORT = {"kind": "export", "adapter": "pushed", "verify": False}
+
 
 @pytest.fixture(scope="module")
 def hub() -> Iterator[Hub]:
@@ -90,7 +92,7 @@ def spec(host: Host, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) 
     file_id = host.upload(texts(tmp_path_factory.mktemp("rows") / "rows.jsonl"))
 
     def make(adapter: str, repo: str, **hub: Any) -> dict[str, Any]:
-        training = {**TRAINING, "max_steps": 2, "eval_steps": 2}
+        training = {**TRAINING, "max_steps": 1, "eval_steps": 1, "save_steps": 1}
         push = {"repo_id": repo, **hub}
         return cpt_spec(tiny_base, adapter=adapter, dataset={"file_id": file_id}, training=training, push_to_hub=push)
 
@@ -174,7 +176,7 @@ def test_a_training_whose_push_fails_keeps_its_adapter_and_says_how_to_push_it(
 
 def test_an_export_whose_push_fails_keeps_its_files(host: Host, hub: Hub, trained: JobRow) -> None:
     hub.fail("POST .*/commit/", times=1000, status=500)
-    row = run(host, {"kind": "export", "adapter": "pushed", "push_to_hub": {"repo_id": "ada/export"}})
+    row = run(host, {**EXPORT, "push_to_hub": {"repo_id": "ada/export"}})
     hub.failures.clear()
     assert (row.status, row.error["code"]) == ("failed", "hub_push_failed")  # type: ignore[index]
     compare_disk(host.db, host.settings, Report())  # what failed jobs left goes, but not this
@@ -192,9 +194,7 @@ def test_a_cancel_while_it_is_pushed_leaves_nothing(host: Host, hub: Hub, traine
         jobs.cancel(host.db, host.queue, found[0].id)
 
     hub.when("POST .*/ada/no/preupload/", cancel)
-    row = run(
-        host, {"kind": "export", "adapter": "pushed", "format": "merged_16bit", "push_to_hub": {"repo_id": "ada/no"}}
-    )
+    row = run(host, {**EXPORT, "push_to_hub": {"repo_id": "ada/no"}})
     assert row.status == "cancelled"
     assert hub.repos["ada/no"].files == {}
     assert not (host.settings.exports_dir / row.id).exists()
