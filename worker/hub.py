@@ -131,7 +131,7 @@ class _Hub:
 
     def client(self) -> httpx.Client:
         client = default_client_factory()
-        client.timeout = httpx.Timeout(60, connect=15, read=300)  # a commit of many files takes its time
+        client.timeout = httpx.Timeout(60, connect=15, read=120)  # a commit of many files takes its time
         hooks = client.event_hooks
         client.event_hooks = {**hooks, "response": [*hooks.get("response", []), self.heed]}
         return client
