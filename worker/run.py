@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import socket
 import time
+from pathlib import Path
 from typing import Any
 
 from redis import Redis
@@ -43,6 +45,7 @@ class LorryWorker(Worker):  # type: ignore[misc, unused-ignore]
     def __init__(self, settings: Settings, **kwargs: Any) -> None:
         self.settings = settings
         self.horse_status: int | None = None
+        self.oom_kills: int | None = None  # before the job
         self.stop_deadline: float | None = None
         self.told_to_stop = False
         self.reconciled = float("-inf")
@@ -77,6 +80,7 @@ class LorryWorker(Worker):  # type: ignore[misc, unused-ignore]
 
     def execute_job(self, job: Job, queue: Queue) -> Any:
         self.horse_status = None
+        self.oom_kills = oom_kills()
         try:
             return super().execute_job(job, queue)
         except RedisError as error:
@@ -142,7 +146,7 @@ class LorryWorker(Worker):  # type: ignore[misc, unused-ignore]
                     job_id,
                     row.run_id,
                     code="worker_killed",
-                    reason=describe(self.horse_status),
+                    reason=describe(self.horse_status, oom=oom_kills() != self.oom_kills),
                 )
         except SQLAlchemyError as error:
             log.warning("could not settle job %s: %s", job_id, error)
@@ -167,15 +171,34 @@ class LorryWorker(Worker):  # type: ignore[misc, unused-ignore]
                 pass
 
 
-def describe(status: int | None) -> str:
-    """A wait status in words."""
+_NATIVE_FAULTS = ("SIGSEGV", "SIGBUS", "SIGABRT", "SIGILL", "SIGFPE")
+
+
+def describe(status: int | None, *, oom: bool = False) -> str:
+    """A wait status in words; `oom`: the kernel ended some process for want of memory meanwhile."""
     if status is None:
         return "its process ended without a word"
-    if os.WIFSIGNALED(status):
-        name = signal.Signals(os.WTERMSIG(status)).name
-        hint = "; if nobody did this, the system was out of memory" if name == "SIGKILL" else ""
-        return f"its process was killed by {name}{hint}"
-    return f"its process ended with exit code {os.WEXITSTATUS(status)}"
+    if not os.WIFSIGNALED(status):
+        return f"its process ended with exit code {os.WEXITSTATUS(status)}"
+    name = signal.Signals(os.WTERMSIG(status)).name
+    hint = ""
+    if name == "SIGKILL" and oom:
+        hint = (
+            " for want of memory (the kernel ended a process for it meanwhile): use a smaller batch or max_seq_length"
+        )
+    elif name == "SIGKILL":
+        hint = "; if nobody did this, the kernel may have ended it for want of memory"
+    elif name in _NATIVE_FAULTS:
+        hint = ": a fault in native code, such as a library or a driver; the end of the job's log has the stack"
+    return f"its process was killed by {name}{hint}"
+
+
+def oom_kills() -> int | None:
+    """How many processes the kernel has ended for want of memory, since the start; None where it does not say."""
+    try:
+        return int(re.findall(r"^oom_kill (\d+)$", Path("/proc/vmstat").read_text(), re.MULTILINE)[0])
+    except (OSError, IndexError):
+        return None
 
 
 def main() -> None:
