@@ -8,6 +8,7 @@ import math
 import os
 import resource
 import socket
+import struct
 import threading
 from collections.abc import Callable
 from types import FrameType
@@ -110,10 +111,17 @@ class Server(uvicorn.Server):
             elif now - since >= self.stalled:
                 self.cut_off += 1
                 log.warning("a client took nothing for %g s and is cut off", self.stalled)
-                connection.transport.abort()
+                _reset(connection.transport)
                 continue
             waiting[connection] = (size, since)
         self._waiting = waiting
+
+
+def _reset(transport: asyncio.Transport) -> None:
+    """Drop a connection and what waits in it. After a mere close the kernel would keep offering that for minutes."""
+    with socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()
 
 
 def _give_up() -> None:

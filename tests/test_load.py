@@ -111,6 +111,11 @@ def lazy(url: str, request: str, body: bytes = b"") -> socket.socket:
     return sock
 
 
+def dropped(sock: socket.socket) -> bool:
+    """Whether the connection is over, on a client that reads nothing: it was reset, not merely closed."""
+    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1) != b"\x01"  # 1: established
+
+
 def taken(sock: socket.socket) -> int:
     """Bytes that come until the server's end."""
     number = 0
@@ -146,6 +151,7 @@ def test_clients_that_read_nothing_are_cut_off_and_hold_up_nobody(api: Api, engi
         succeed(api, job_id, run)
         follower.result(120)
     assert seen == list(range(1, 305))
+    until(lambda: all(map(dropped, clients.values())))
     for name, sock in clients.items():
         number = taken(sock)
         sock.close()

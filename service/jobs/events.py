@@ -18,10 +18,10 @@ from itertools import takewhile
 from prometheus_client import CollectorRegistry, Counter, Gauge
 from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from service.db import Database
-from service.jobs import repository
 from service.jobs.states import FINAL
 from service.models import EventRow, JobRow
 from service.openai.wire import compact
@@ -31,7 +31,7 @@ POLL_SECONDS = 0.3
 _RETRY_SECONDS = 1.0  # after a page that could not be read
 _WINDOW = 256  # events kept per followed job
 _WINDOW_BYTES = 1024 * 1024  # and at most this much, but for the newest
-_PAGE = 200  # events read at once
+_PAGE = 200  # events read at once, at most
 _PAGE_BYTES = 64 * 1024  # and about this much: what a follower that does not read holds, beside its connection's buffer
 # After the end of a stream that the server ended: an EventSource comes again so soon, with Last-Event-ID.
 GOING_ON_ELSEWHERE = b"retry: 1000\n: the API is shutting down: connect again, with Last-Event-ID\n\n"
@@ -46,9 +46,16 @@ class Item:
     last: bool
 
 
-def _item(row: EventRow) -> Item:
-    sse = f"id: {row.seq}\nevent: {row.type}\ndata: {compact(row.data)}\n\n".encode()
-    return Item(row.seq, sse, row.type == "status" and row.data.get("status") in FINAL)
+def _items(session: Session, job_id: str, seq: int, limit: int) -> list[Item]:
+    query = select(EventRow.seq, EventRow.type, EventRow.data).where(EventRow.job_id == job_id, EventRow.seq > seq)
+    return [
+        Item(
+            number,
+            f"id: {number}\nevent: {type}\ndata: {compact(data)}\n\n".encode(),
+            type == "status" and data.get("status") in FINAL,
+        )
+        for number, type, data in session.execute(query.order_by(EventRow.seq).limit(limit))
+    ]
 
 
 @dataclass(eq=False)
@@ -60,6 +67,7 @@ class _Feed:
     bytes: int = 0  # of the window
     followers: int = 0
     news: asyncio.Event = field(default_factory=asyncio.Event)
+    event_bytes: int = 2000  # what an event of the last page took; sets the size of the next one
     reads: dict[int, asyncio.Task[list[Item]]] = field(default_factory=dict)  # under way, by the seq they begin behind
 
     def add(self, items: Sequence[Item], head: int) -> None:
@@ -157,24 +165,21 @@ class EventHub:
         if read is None:
             self.reads += 1
             self._reads.inc()
-            read = feed.reads[seq] = asyncio.create_task(run_in_threadpool(self._read, job_id, seq))
+            limit = max(1, min(_PAGE, _PAGE_BYTES // feed.event_bytes))
+            read = feed.reads[seq] = asyncio.create_task(run_in_threadpool(self._read, job_id, seq, limit))
             read.add_done_callback(lambda _: feed.reads.pop(seq))
         try:
-            return await asyncio.shield(read)  # one that leaves takes it from nobody else
+            items = await asyncio.shield(read)  # one that leaves takes it from nobody else
         except SQLAlchemyError as error:
             log.warning("events: a page could not be read, will try again: %s", error)
             return None
-
-    def _read(self, job_id: str, seq: int) -> list[Item]:
-        items: list[Item] = []
-        size = 0
-        with self._db.read() as session:
-            for row in repository.events_after(session, job_id, seq, _PAGE):
-                items.append(_item(row))
-                size += len(items[-1].sse)
-                if size > _PAGE_BYTES:
-                    break
+        if items:
+            feed.event_bytes = max(1, sum(len(item.sse) for item in items) // len(items))
         return items
+
+    def _read(self, job_id: str, seq: int, limit: int) -> list[Item]:
+        with self._db.read() as session:
+            return _items(session, job_id, seq, limit)
 
     async def _poll_forever(self) -> None:
         while True:
@@ -203,8 +208,7 @@ class EventHub:
             heads = session.execute(select(JobRow.id, JobRow.event_seq).where(JobRow.id.in_(known))).all()
             for job_id, head in heads:
                 if head > known[job_id]:
-                    rows = repository.events_after(session, job_id, max(known[job_id], head - _WINDOW))
-                    items = [_item(r) for r in rows]
+                    items = _items(session, job_id, max(known[job_id], head - _WINDOW), 2 * _WINDOW)
                     # Under READ COMMITTED the events may be newer than the head that was read.
                     out[job_id] = (items[-1].seq if items else head, items)
         return out
