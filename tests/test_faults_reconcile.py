@@ -120,7 +120,7 @@ settings = Settings()
 db, queue = Database(settings.sqlalchemy_url), JobQueue(settings.redis_url, settings.queue)
 print("ready", flush=True)
 sys.stdin.readline()
-for _ in range(14):
+for _ in range(12):
     reconcile(db, queue, settings)
     time.sleep(0.05)
 """
@@ -129,7 +129,7 @@ for _ in range(14):
         env[f"LORRY_{name.upper()}"] = str(getattr(host.settings, name))
     pipe = subprocess.PIPE
     command = [sys.executable, "-c", code]
-    processes = [subprocess.Popen(command, env=env, text=True, stdin=pipe, stdout=pipe, stderr=pipe) for _ in range(3)]
+    processes = [subprocess.Popen(command, env=env, text=True, stdin=pipe, stdout=pipe, stderr=pipe) for _ in range(2)]
     for process in processes:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
