@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.faults.run import run, show
 
-MINUTES = float(os.environ.get("FAULTS_MINUTES", "3"))  # until the last fault; what is queued then still ends
+MINUTES = float(os.environ.get("FAULTS_MINUTES", "2.5"))  # until the last fault; what is queued then still ends
 SEED = int(os.environ.get("FAULTS_SEED", "7"))
 
 
