@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import re
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -185,6 +187,21 @@ def test_an_export_whose_push_fails_keeps_its_files(host: Host, hub: Hub, traine
     assert all((host.settings.exports_dir / row.id / path).is_file() for path in listed)
     assert {"adapter_model.safetensors", "manifest.json"} <= listed
     assert f"/v1/jobs/{row.id}/artifacts" in row.error["message"]  # type: ignore[index]
+
+
+def test_a_push_that_its_worker_left_goes_on_at_the_next_run(host: Host, hub: Hub, trained: JobRow) -> None:
+    hub.blobs.clear()
+    hub.sent.clear()
+    hub.when("POST /lfs/[^/]+/verify", lambda: os.kill(os.getpid(), signal.SIGUSR1))  # the worker is told to stop
+    spec = parse_spec({**EXPORT, "push_to_hub": {"repo_id": "ada/resumed"}})
+    made, _ = jobs.create(host.db, host.queue, host.settings, spec, key=None, token=TOKEN)
+    tasks.run_job(made.id)
+    assert host.job(made.id).status == "queued"
+    assert hub.repos["ada/resumed"].files == {}
+    tasks.run_job(made.id)
+    assert host.job(made.id).status == "succeeded"
+    assert "adapter_model.safetensors" in hub.repos["ada/resumed"].files
+    assert list(hub.sent.values()) == [1], "the blob had arrived in the first run"
 
 
 def test_a_cancel_while_it_is_pushed_leaves_nothing(host: Host, hub: Hub, trained: JobRow) -> None:
