@@ -61,11 +61,7 @@ def write(
     for i, method in enumerate(methods):
         file = out / file_name(name, method)
         if file != source:
-            request = {
-                "source": str(source), "out": str(file), "method": method, "ftype": KINDS[method].file_type,
-                "quantizer": str(tools.quantizer) if tools.quantizer else None,
-            }  # fmt: skip
-            llama_cpp.run("quantize", request, tools)
+            quantize(source, file, method, tools)
         check_types(file, method)
         write_modelfile(file, template, context_length(merged))
         files.append(file)
@@ -73,6 +69,15 @@ def write(
     if source not in files:
         source.unlink()
     return files
+
+
+def quantize(source: Path, out: Path, method: str, tools: Tools) -> None:
+    """Write a GGUF file in another type."""
+    request = {
+        "source": str(source), "out": str(out), "method": method, "ftype": KINDS[method].file_type,
+        "quantizer": str(tools.quantizer) if tools.quantizer else None,
+    }  # fmt: skip
+    llama_cpp.run("quantize", request, tools)
 
 
 def convert(
@@ -190,18 +195,17 @@ def read_back(
     of_template, of_prompts = answers[: -len(prompts)], answers[-len(prompts) :]
     found += gguf_template.problems(stored, tokenizer, of_template)
     compared = _comparison(expected, sums, [a.get("answer", {}).get("tokens", []) for a in of_prompts])
-    carried = _carried(sums)
+    share = carried(sums)
     limit = KINDS[method].limit
     if not compared.mean_kl <= limit:  # also true for NaN
         found.append(f"mean KL {compared.mean_kl:.3g} over the limit {limit:.3g}")
-    if carried is not None and not CARRIED[0] <= carried <= CARRIED[1]:
-        found.append(f"the file carries {carried:.3g} of what the adapter does, not 1")
+    found += carried_problems(share)
     return {
         "file": file.name,
         "method": method,
         **contents(file),
         **compared.report(),
-        "adapter_carried": carried,
+        "adapter_carried": share,
         "limit": limit,
         "template": {"fingerprint": stored.fingerprint, "prompts": len(of_template)},
         "ends": sums[-1]["ends"],
@@ -225,7 +229,7 @@ def _comparison(expected: Reference, sums: list[dict[str, Any]], answers: list[l
     )
 
 
-def _carried(sums: list[dict[str, Any]]) -> float | None:
+def carried(sums: list[dict[str, Any]]) -> float | None:
     """How much of the adapter's effect on the log-probabilities a file has: its regression coefficient.
 
     1 for the adapter, 0 for its base, and about that under rounding, whose errors have nothing to do with the effect:
@@ -233,3 +237,10 @@ def _carried(sums: list[dict[str, Any]]) -> float | None:
     """
     norm = sum(line.get("norm", 0.0) for line in sums)
     return sum(line.get("dot", 0.0) for line in sums) / norm if norm > 1e-12 else None
+
+
+def carried_problems(share: float | None) -> list[str]:
+    """What `carried` says is wrong, if anything."""
+    if share is None or CARRIED[0] <= share <= CARRIED[1]:
+        return []
+    return [f"it has {share:.3g} of what the adapter does to the base, not 1"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +10,14 @@ from typing import Any
 
 from service.errors import JobFailure
 
-# What llama.cpp stores instead where a row is no multiple of the type's 256 values.
+# What llama.cpp stores instead where a row is no multiple of the type's 256 values; older builds took IQ4_NL for some.
 FALLBACK = {
-    "Q2_K": "IQ4_NL", "Q3_K": "IQ4_NL", "IQ4_XS": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",
+    "Q2_K": {"Q4_0", "IQ4_NL"}, "Q3_K": {"Q4_0", "IQ4_NL"}, "IQ4_XS": {"IQ4_NL"}, "Q4_K": {"Q5_0"}, "Q5_K": {"Q5_1"},
+    "Q6_K": {"Q8_0"},
 }  # fmt: skip
 WHOLE = {"F32", "F16", "BF16"}
+# The matrices that are quantised in every architecture; experts' have "_exps" after it. Routers and the like stay whole.
+_LINEAR = re.compile(r"blk\.\d+\.(attn_(q|k|v|qkv|output)|ffn_(gate|up|down)(_exps)?)\.weight")
 
 
 @dataclass(frozen=True)
@@ -90,21 +94,20 @@ def check_types(file: Path, method: str) -> None:
     wrong: dict[str, str] = {}
     for tensor in reader.tensors:
         stored, row = tensor.tensor_type.name, int(tensor.shape[0])
-        if len(tensor.shape) < 2:
-            if stored not in WHOLE:
-                wrong[tensor.name] = stored
-            continue
-        outer = tensor.name in ("output.weight", "token_embd.weight")
-        if outer and kind.main not in WHOLE:
-            # The outer matrices are stored finer: in 6 bits, or in 8 where rows are no multiple of 256.
-            allowed = {kind.main, FALLBACK.get(kind.main), "Q6_K", "Q8_0", *kind.others}
-        else:
+        if kind.main in WHOLE:
+            allowed = {kind.main} if len(tensor.shape) > 1 else WHOLE
+        elif _LINEAR.fullmatch(tensor.name):
             counts[stored] += 1
-            wanted = {kind.main, *kind.others}
-            allowed = {_held(one, row) for one in wanted} if kind.main not in WHOLE else {kind.main}
+            # In mixtures of few experts, attention is stored in 8 bits.
+            allowed = {"Q8_0"}.union(*(_held(one, row) for one in (kind.main, *kind.others)))
+        elif tensor.name in ("output.weight", "token_embd.weight"):
+            # Stored finer: in 6 bits, or in 8 where rows are no multiple of 256.
+            allowed = {"Q6_K", "Q8_0"}.union(*(_held(one, row) for one in (kind.main, *kind.others)))
+        else:
+            continue
         if stored not in allowed:
             wrong[tensor.name] = stored
-    mains = {kind.main, FALLBACK.get(kind.main, kind.main)}
+    mains = {kind.main} | FALLBACK.get(kind.main, set())
     if number != kind.file_type or wrong or (counts and counts.most_common(1)[0][0] not in mains):
         raise JobFailure(
             "export_mismatch",
@@ -114,11 +117,11 @@ def check_types(file: Path, method: str) -> None:
         )
 
 
-def _held(name: str, row: int) -> str:
-    """The type in which llama.cpp stores a matrix whose rows have `row` values, when `name` is wanted."""
-    if row % 256 and name in FALLBACK:
-        name = FALLBACK[name]
-    return "F16" if row % 32 and name not in WHOLE else name
+def _held(name: str, row: int) -> set[str]:
+    """The types in which llama.cpp may store a matrix whose rows have `row` values, when `name` is wanted."""
+    if row % 32:
+        return {"F16"}
+    return FALLBACK[name] if row % 256 and name in FALLBACK else {name}
 
 
 def _reader(file: Path) -> Any:

@@ -17,7 +17,7 @@ from service.errors import JobFailure
 from service.specs import ExportSpec
 from service.templates import StoredTemplate
 from worker import adapter_io, record
-from worker.export import fingerprint, gguf, llama_cpp, load, reference, template, verify
+from worker.export import fingerprint, gguf, gguf_lora, llama_cpp, load, reference, template, verify
 from worker.export import folder as folders
 from worker.export.interrupt import interruptible
 from worker.export.merge_stream import write_merged
@@ -49,6 +49,8 @@ def run(spec: ExportSpec, context: Context) -> Outcome:
         llama_cpp.find(context.settings)
     with interruptible(progress):
         source = open_source(spec, context, adapter, about)
+        if spec.format == "lora" and spec.methods:
+            gguf_lora.alpha(source)
     check_space(spec, source, paths.out_dir, probe if spec.verify else [])
     progress.record({"merged_into": source.merged_into})
 
@@ -67,7 +69,7 @@ def run(spec: ExportSpec, context: Context) -> Outcome:
                 progress.phase("verifying")
                 merged = aside / "merged" if spec.format == "gguf" else folder
                 checked = (merged, weights) if weights is not None else None
-                report = judge(spec, context, source, stored, tokenizer, folder, expected, checked)
+                report = judge(spec, context, source, stored, tokenizer, folder, expected, checked, aside)
                 progress.record({"verification": report})
             check(progress)
             # The manifest is written last: a folder without one is no export.
@@ -127,6 +129,10 @@ def write(
     if spec.format == "lora":
         progress.phase("writing")
         folders.write_lora(source.adapter, source.about, folder)
+        if spec.methods:
+            progress.phase("converting")
+            with interruptible(progress):
+                gguf_lora.write(source, spec, stored, folder, aside, tools=llama_cpp.find(context.settings))
     else:
         progress.phase("merging")
         merged = folder if spec.format != "gguf" else aside / "merged"
@@ -202,6 +208,7 @@ def judge(
     folder: Path,
     expected: reference.Reference,
     merged: tuple[Path, dict[str, torch.Tensor]] | None,
+    aside: Path,
 ) -> dict[str, Any]:
     """Read the export back and compare. Raises JobFailure("export_mismatch"), the files kept aside.
 
@@ -213,6 +220,12 @@ def judge(
             report = gguf.read_back_all(folder, spec, stored, expected, tokenizer=tokenizer, tools=tools, step=step)
         else:
             report = verify.read_back(spec.format, folder, source, stored, expected, step)
+            if spec.methods:
+                report["gguf"] = gguf_lora.read_back(
+                    folder, source, spec, stored, expected, aside,
+                    tokenizer=tokenizer, tools=llama_cpp.find(context.settings), step=step,
+                )  # fmt: skip
+                report["problems"] += report["gguf"].pop("problems")
         if merged is not None:
             report["weights"], differing = verify.same_weights(*merged)
             report["problems"] += differing

@@ -15,6 +15,7 @@ import signal
 import sys
 import urllib.error
 import urllib.request
+from collections import defaultdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -108,13 +109,13 @@ def convert(request: Request) -> None:
 
 
 def convert_lora(request: Request) -> None:
-    """Run llama.cpp's LoRA converter on a PEFT folder: {folder, base, out, outtype}."""
+    """Run llama.cpp's LoRA converter on a PEFT folder: {folder, base, outputs: [[file, type], …]}."""
     tools = Path(request["tools"])
     sys.path[:0] = [str(tools / "gguf-py"), str(tools)]
     script = str(tools / "convert_lora_to_gguf.py")
-    sys.argv = [script, request["folder"], "--base", request["base"], "--outfile", request["out"]]
-    sys.argv += ["--outtype", request["outtype"]]
-    runpy.run_path(script, run_name="__main__")
+    for out, outtype in request["outputs"]:
+        sys.argv = [script, request["folder"], "--base", request["base"], "--outfile", out, "--outtype", outtype]
+        runpy.run_path(script, run_name="__main__")
 
 
 def quantize(request: Request) -> None:
@@ -128,6 +129,23 @@ def quantize(request: Request) -> None:
     params = llama_cpp.LlamaModelQuantizeParams()
     params.ftype, params.nthread = request["ftype"], threads
     llama_cpp.model_quantize(source, out, params)
+
+
+def distance(want: Any, got: Any, base: Any | None) -> dict[str, float]:
+    """Of two log-probabilities over the vocabulary: kl (nats), same (likeliest token).
+
+    With the base's, also dot and norm: the covariance of the distances of both from it, and the variance of `want`'s.
+    """
+    import numpy as np
+
+    want = want.astype(np.float64)
+    weights = np.exp(want)
+    out = {"kl": float((weights * (want - got)).sum()), "same": float(want.argmax() == got.argmax())}
+    if base is not None:
+        effect = want - base
+        effect -= (weights * effect).sum()
+        out |= {"dot": float((weights * effect * (got - base)).sum()), "norm": float((weights * effect**2).sum())}
+    return out
 
 
 def compare(request: Request) -> None:
@@ -163,24 +181,16 @@ def compare(request: Request) -> None:
             batch.add(token, position, [0], True)
         context.kv_cache_clear(True)
         context.decode(batch)
-        kl = loss = dot = norm = 0.0
-        same = 0
+        total: dict[str, float] = defaultdict(float)
         for position in range(len(row)):
-            want = expected[position].astype(np.float64)
             got = np.asarray(context.get_logits_ith(position), dtype=np.float64)
             top = got.max()
             got -= top + np.log(np.exp(got - top).sum())
-            weights = np.exp(want)
-            kl += float((weights * (want - got)).sum())
-            if base is not None:
-                effect = want - base[position]
-                effect -= (weights * effect).sum()
-                dot += float((weights * effect * (got - base[position])).sum())
-                norm += float((weights * effect * effect).sum())
-            same += int(want.argmax() == got.argmax())
+            for name, value in distance(expected[position], got, None if base is None else base[position]).items():
+                total[name] += value
             if position + 1 < len(row):
-                loss -= float(got[row[position + 1]])
-        say(row=i, kl=kl, same=same, loss=loss, **({} if base is None else {"dot": dot, "norm": norm}))
+                total["loss"] -= float(got[row[position + 1]])
+        say(row=i, **total)
     vocabulary = model.get_vocab()
     say(ends=[token for token in request["ends"] if vocabulary.is_eog(token)])
 
@@ -199,8 +209,8 @@ def tokenize(request: Request) -> None:
 def serve(request: Request) -> None:
     """Start llama.cpp's server in this process on a file, with a LoRA if `lora` is given, and ask it.
 
-    {file, lora, context, calls: [[path, body or null for GET], …], positions: [[ids, .npy, row of it], …]}: prints
-    {answer} or {error} for each call, then {kl (nats), same} for each position, the last of `ids`.
+    {file, lora, context, calls: [[path, body or null for GET], …], positions: [[ids, .npy, row of it, base's .npy], …]}:
+    prints {answer} or {error} for each call, then for each position, the last of `ids`, what `distance` gives.
     """
     import numpy as np
     import xllamacpp
@@ -226,15 +236,15 @@ def serve(request: Request) -> None:
             say(answer=call(path, body))
         except urllib.error.HTTPError as error:
             say(error=error.read().decode("utf-8", "replace")[:1000])
-    for ids, file, row in request.get("positions", []):
-        want = np.load(file, mmap_mode="r")[row].astype(np.float64)
+    for ids, file, row, bare in request.get("positions", []):
+        want, base = np.load(file, mmap_mode="r")[row], np.load(bare, mmap_mode="r")[row]
         body = {"prompt": ids, "n_predict": 1, "n_probs": len(want), "temperature": 0, "cache_prompt": True}
         entries = call("/completion", body)["completion_probabilities"][0]["top_logprobs"]
         if len(entries) != len(want):
             refuse(f"the file has {len(entries)} tokens in its vocabulary, the adapter {len(want)}")
         got = np.empty(len(want))
         got[[e["id"] for e in entries]] = [e["logprob"] for e in entries]
-        say(kl=float((np.exp(want) * (want - got)).sum()), same=bool(want.argmax() == got.argmax()))
+        say(**distance(want, got, base))
 
 
 COMMANDS = {
