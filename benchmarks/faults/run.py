@@ -55,23 +55,35 @@ def main() -> None:
         "--at-most", type=float, default=None, help="minutes until the last fault, outages as long as ever"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--preload", action="store_true", help="workers import torch before they fork: more trainings, fewer imports"
+    )
     parser.add_argument("--only", default="", help="only faults whose names contain this")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through the finally blocks: nothing is left running
     minutes, short = arguments.minutes or arguments.at_most, arguments.minutes is not None
-    report = run(arguments.database, arguments.rounds, minutes, arguments.seed, arguments.only, short=short)
+    report = run(
+        arguments.database,
+        arguments.rounds,
+        minutes,
+        arguments.seed,
+        arguments.only,
+        short=short,
+        preload=arguments.preload,
+    )
     show(report)
     sys.exit(1 if report["lost"] else 0)
 
 
 def run(
-    database: str, rounds: int, minutes: float | None, seed: int, only: str = "", *, short: bool = True
-) -> dict[str, Any]:
+    database: str, rounds: int, minutes: float | None, seed: int, only: str = "", *, short: bool = True,
+    preload: bool = True,
+) -> dict[str, Any]:  # fmt: skip
     """Everything from the undisturbed reference to the last check; the report, with `lost` as the number of findings."""
     began = time.monotonic()
     until = began + 60 * minutes if minutes else float("inf")
     rng = random.Random(seed)
-    with parts.site(database) as here:
+    with parts.site(database, preload=preload) as here:
         db = here.database()
         ledger, stop = Ledger(), threading.Event()
         client = Client(here, ledger, upload(here), seed)
@@ -106,7 +118,7 @@ def run(
         found["ready again after each fault"] = [x for x in result.lines if "NOT READY" in x]
         found["quiet in the end"] = quiet
         report = {
-            "benchmark": "faults", "database": database, "seed": seed, "rounds": sum(result.done.values()),
+            "benchmark": "faults", "database": database, "seed": seed, "preload": preload, "rounds": sum(result.done.values()),
             "minutes": round((time.monotonic() - began) / 60, 1), "faults": dict(result.done),
             "without_target": dict(result.without_target),
             "slowest_recovery_s": {k: round(max(v), 1) for k, v in result.recovery.items() if v},
