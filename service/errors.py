@@ -5,6 +5,7 @@ LorryError (500 internal_error)
 ├── Unauthorized         401
 ├── NotFound             404
 ├── Conflict             409  the state forbids it
+├── RequestTimeout       408  the client stopped sending; the connection is closed
 ├── TooLarge             413
 ├── UnsupportedMedia     415
 ├── RangeNotSatisfiable  416
@@ -65,6 +66,13 @@ class NotFound(LorryError):
 
 class Conflict(LorryError):
     status, type, code = 409, "conflict_error", "conflict"
+
+
+class RequestTimeout(LorryError):
+    status, type, code = 408, "invalid_request_error", "request_timeout"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, headers={"Connection": "close"})
 
 
 class TooLarge(LorryError):

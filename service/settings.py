@@ -81,7 +81,9 @@ class Settings(BaseSettings):
     )
     sse_ping_seconds: float = Field(15.0, gt=0, description="Interval of SSE comments that keep idle connections open.")
     slow_reader_seconds: float = Field(
-        30.0, gt=0, description="A client that takes nothing of what waits for it for this long is cut off."
+        30.0,
+        gt=0,
+        description="A client that takes nothing of its answer, or sends nothing of its upload, for this long is cut off.",
     )
     reuse_port: bool = Field(
         False, description="Let several `lorry api` share LORRY_PORT: for a restart without a gap, old beside new."

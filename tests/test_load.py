@@ -21,7 +21,7 @@ from service.settings import Settings
 from tests.conftest import Api, serve
 from tests.serving import EngineServer, engine_settings, serve_engine, until
 from tests.steps import cpt, post, start, succeed, unique
-from tests.test_shutdown import Client
+from tests.test_shutdown import Client, half_an_upload, read_all
 
 MIB = 1024 * 1024
 
@@ -141,6 +141,7 @@ def test_clients_that_read_nothing_are_cut_off_and_hold_up_nobody(api: Api, engi
         "chat": lazy(api.url, "POST /v1/chat/completions", body),
         "engine": lazy(engine.url, "POST /v1/chat/completions", body),
     }
+    stuck = half_an_upload(api.url)
     good = Client(api.url)
     seen: list[int] = []
     with ThreadPoolExecutor(1) as pool:
@@ -151,6 +152,8 @@ def test_clients_that_read_nothing_are_cut_off_and_hold_up_nobody(api: Api, engi
         succeed(api, job_id, run)
         follower.result(120)
     assert seen == list(range(1, 305))
+    assert read_all(stuck).startswith("HTTP/1.1 408 ")
+    until(lambda: not list(api.settings.files_dir.glob(".upload-*")))
     until(lambda: all(map(dropped, clients.values())))
     for name, sock in clients.items():
         number = taken(sock)

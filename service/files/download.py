@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse
 from starlette.types import Message, Receive, Scope, Send
 
+from service.disconnect import ClientGone, unless_gone
 from service.errors import BadRequest, LorryError, NotFound, RangeNotSatisfiable
 
 
@@ -34,7 +36,10 @@ class Download(FileResponse):
             if refused is None:
                 await send(message)
 
-        await super().__call__(scope, receive, watch)
+        try:
+            await unless_gone(Request(scope, receive), super().__call__(scope, receive, watch))
+        except ClientGone:  # the rest of a large file would be read for nobody
+            return
         if refused is not None:
             answer = JSONResponse(refused.body(), refused.status, headers=refused.headers)
             await answer(scope, receive, send)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
@@ -12,7 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from service.deps import DbDep, SettingsDep
-from service.errors import BadRequest, Invalid
+from service.errors import BadRequest, Invalid, RequestTimeout
 from service.files import repository, service
 from service.files.download import Download
 from service.files.form import read_form
@@ -72,19 +73,22 @@ _UPLOAD: dict[str, Any] = {
 
 @router.post("", response_model=File, openapi_extra=_UPLOAD, summary="Upload a file")
 async def create(request: Request, db: DbDep, settings: SettingsDep) -> File:
-    """Stream a file to disk. 413 over LORRY_MAX_UPLOAD_BYTES, 415 for another format, 422 for broken content."""
+    """Stream a file to disk. 408 if its client stops sending, 413 over LORRY_MAX_UPLOAD_BYTES, 415 for another format,
+    422 for broken content."""
+    stream = _lively(request.stream(), settings.slow_reader_seconds)
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > settings.max_upload_bytes + _FORM:
-        await _drain(request.stream())
+        await _drain(stream)
         raise service.too_large(settings)
     upload = service.Upload(settings)
-    stream = request.stream()
     try:
         fields = await read_form(request.headers.get("content-type", ""), stream, upload, run_in_threadpool)
         unknown = sorted(fields.keys() - {"purpose"})
         if unknown:
             raise Invalid(f"{unknown[0]}: unknown field", param=unknown[0], code="unknown_field")
         row = await run_in_threadpool(upload.keep, db, fields.get("purpose", "fine-tune"))
+    except RequestTimeout:
+        raise
     except ClientDisconnect as error:
         raise BadRequest("the client left before the upload's end") from error
     except Exception:
@@ -95,6 +99,19 @@ async def create(request: Request, db: DbDep, settings: SettingsDep) -> File:
     return wire(row)
 
 
+async def _lively(stream: AsyncIterator[bytes], seconds: float) -> AsyncIterator[bytes]:
+    """The stream, as long as something comes at least every so often. Raises RequestTimeout."""
+    while True:
+        try:
+            async with asyncio.timeout(seconds):
+                chunk = await anext(stream)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise RequestTimeout(f"nothing came for {seconds:g} s; send the upload again") from None
+        yield chunk
+
+
 async def _drain(stream: AsyncIterator[bytes]) -> None:
     """Read on for a while after a refusal: a client that is still sending would not see the answer otherwise."""
     left = _DRAIN
@@ -103,7 +120,7 @@ async def _drain(stream: AsyncIterator[bytes]) -> None:
             left -= len(chunk)
             if left < 0:
                 return
-    except (ClientDisconnect, RuntimeError):  # RuntimeError: the stream was read to its end before
+    except (ClientDisconnect, RequestTimeout, RuntimeError):  # RuntimeError: the stream was read to its end before
         return
 
 
