@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
+from types import TracebackType
 from typing import IO, Any
 from urllib.parse import urlsplit
 
@@ -29,7 +30,7 @@ REQUEST_ID_HEADER = "X-Request-Id"
 _SHOWN = ("job", "attempt", "run", "request")  # of the fields, those that text shows
 
 _request: ContextVar[str | None] = ContextVar("lorry_request", default=None)
-_process: dict[str, Any] = {}  # fields of every line of this process: part, pid; in a job's child: job, attempt, run
+_process: dict[str, Any] = {}  # fields of every line of this process: part; in a job's child: job, attempt, run
 _json = False
 
 # A token of the hub's, a bearer header, a password in a URL: whatever prints it, it does not come into a log.
@@ -50,9 +51,16 @@ def configure(settings: Settings, part: str | None = None) -> None:
         logging.basicConfig(level=settings.log_level.upper(), handlers=[_handler(sys.stderr, _formatter())], force=True)
     except ValueError as error:
         raise SystemExit(f"LORRY_LOG_LEVEL: {error}") from error
+    if _json:  # what Python itself would print
+        logging.captureWarnings(True)
+        sys.excepthook = _log_uncaught
     for name in ("httpx", "httpcore", "alembic"):  # a line per call to the engine, or per migration
         logging.getLogger(name).setLevel("WARNING")
     logging.getLogger("lorry.access").setLevel("NOTSET" if settings.access_log else "WARNING")
+
+
+def _log_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    logging.getLogger("lorry").critical("the process ends: %s", error, exc_info=(kind, error, trace))
 
 
 def hide(*secrets: str | None) -> None:
@@ -80,6 +88,23 @@ def serving(request: str) -> Iterator[None]:
         yield
     finally:
         _request.reset(token)
+
+
+@contextlib.contextmanager
+def belonging(**fields: Any) -> Iterator[None]:
+    """Every line of this process belongs to these (job, attempt, run), in all its threads and forks, until the end."""
+    before = dict(_process)
+    _process.update(fields)
+    try:
+        yield
+    finally:
+        _process.clear()
+        _process.update(before)
+
+
+def about_job(job_id: str) -> dict[str, Any]:
+    """The `extra` of one line that is about a job."""
+    return {"fields": {"job": job_id}}
 
 
 class _Text(logging.Formatter):
@@ -142,11 +167,14 @@ def job_log(path: Path, **fields: Any) -> Iterator[None]:
     """
     saved = os.dup(1), os.dup(2)
     root = logging.getLogger()
-    handlers, before, level = root.handlers[:], dict(_process), logging.getLogger("lorry").level
-    _process.update(fields)
+    handlers, level = root.handlers[:], logging.getLogger("lorry").level
     sys.stdout.flush()
     sys.stderr.flush()
-    with open(path, "a", encoding="utf-8") as file, os.fdopen(os.dup(saved[1]), "w", encoding="utf-8") as outside:
+    with (
+        belonging(**fields),
+        open(path, "a", encoding="utf-8") as file,
+        os.fdopen(os.dup(saved[1]), "w", encoding="utf-8") as outside,
+    ):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         root.handlers = [_handler(file, _Text(with_context=False)), _handler(outside, _formatter())]
@@ -165,8 +193,6 @@ def job_log(path: Path, **fields: Any) -> Iterator[None]:
             os.close(saved[1])
             root.handlers = handlers
             logging.getLogger("lorry").setLevel(level)
-            _process.clear()
-            _process.update(before)
 
 
 def run_started(job_id: str, attempt: int, run_id: str) -> str:

@@ -23,7 +23,7 @@ from service.db import Database
 from service.files.service import drop_unfinished
 from service.jobs import repository
 from service.jobs.states import FINAL
-from service.logs import tail
+from service.logs import about_job, tail
 from service.models import AdapterRow, ArtifactRow, JobRow, RunRow
 from service.queue import JobQueue
 from service.settings import Settings
@@ -156,6 +156,7 @@ def give_back(
             ended = repository.end_run(session, job_id, run_id, "queued", reason=reason, attempt=row.attempt + 1)
     if ended is None:
         return
+    log.warning("run %s of job %s: %s; the job is %s", run_id, job_id, reason, ended, extra=about_job(job_id))
     if report:
         (report.requeued if ended == "queued" else report.failed).append(job_id)
     after_end(db, queue, job_id)

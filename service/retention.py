@@ -258,11 +258,12 @@ def remove(db: Database, settings: Settings, item: Item) -> bool:
         case "checkpoint":
             return _remove_checkpoint(db, item)
         case "optimizer state":
-            _remove_files(item)
             job_id, step = _split(item.ref)
             row = (CheckpointRow.job_id == job_id, CheckpointRow.step == step)
+            rest = _size(item.paths[0].parent) - sum(_size(p) for p in item.paths)
             with db.write() as session:
-                session.execute(update(CheckpointRow).where(*row).values(bytes=_size(item.paths[0].parent)))
+                session.execute(update(CheckpointRow).where(*row).values(bytes=rest))
+            _remove_files(item)
         case "events":
             _remove_events(db, item.ref)
         case _:  # files alone, of jobs in a state that is final

@@ -24,7 +24,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from service.db import Database
 from service.jobs import repository
 from service.jobs.states import ACTIVE
-from service.logs import configure
+from service.logs import belonging, configure
 from service.migrate import is_current
 from service.queue import JobQueue, job_of
 from service.reconcile import give_back, reconcile
@@ -81,13 +81,14 @@ class LorryWorker(Worker):  # type: ignore[misc, unused-ignore]
     def execute_job(self, job: Job, queue: Queue) -> Any:
         self.horse_status = None
         self.oom_kills = oom_kills()
-        try:
-            return super().execute_job(job, queue)
-        except RedisError as error:
-            log.warning("the queue is out of reach: %s", error)  # the job's outcome is in SQL all the same
-            return None
-        finally:
-            self.settle(job_of(job.id))
+        with belonging(job=job_of(job.id)):
+            try:
+                return super().execute_job(job, queue)
+            except RedisError as error:
+                log.warning("the queue is out of reach: %s", error)  # the job's outcome is in SQL all the same
+                return None
+            finally:
+                self.settle(job_of(job.id))
 
     def monitor_work_horse(self, job: Job, queue: Queue) -> None:
         """Watch the child until it has ended, whatever becomes of the queue meanwhile."""

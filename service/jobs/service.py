@@ -18,7 +18,7 @@ from service.ids import is_id, new_id
 from service.jobs import repository
 from service.jobs.door import AnyJobSpec, admit, name_taken
 from service.jobs.states import ACTIVE, FINAL
-from service.logs import redact
+from service.logs import about_job, redact
 from service.models import AdapterRow, JobRow
 from service.queue import JobQueue
 from service.reconcile import after_end
@@ -71,7 +71,7 @@ def create(
         if isinstance(error, IntegrityError):
             raise name_taken(spec.adapter) from error
         raise
-    log.info("%s made: %s %s", row.id, row.kind, row.adapter, extra={"fields": {"job": row.id}})
+    log.info("%s made: %s %s", row.id, row.kind, row.adapter, extra=about_job(row.id))
     if not row.after:
         queue.enqueue_soon(row.id)
     else:
