@@ -67,7 +67,7 @@ class Host:
     def reconcile(self) -> Any:
         return reconcile(self.db, self.queue, self.settings)
 
-    def wait(self, job_id: str, until: Callable[[JobRow], bool], seconds: float = 120) -> JobRow:
+    def wait(self, job_id: str, until: Callable[[JobRow], bool], seconds: float = 400) -> JobRow:
         """Poll a job, reconciling as the API does, until it is as wanted."""
         deadline = time.monotonic() + seconds
         last = 0.0
@@ -86,10 +86,10 @@ class Host:
                 self.reconcile()
             time.sleep(0.02)
 
-    def status(self, job_id: str, *wanted: str, seconds: float = 120) -> JobRow:
+    def status(self, job_id: str, *wanted: str, seconds: float = 400) -> JobRow:
         return self.wait(job_id, lambda row: row.status in wanted, seconds)
 
-    def step(self, job_id: str, step: int, seconds: float = 120) -> JobRow:
+    def step(self, job_id: str, step: int, seconds: float = 400) -> JobRow:
         """Wait until a running job has logged that step."""
 
         def reached(row: JobRow) -> bool:
