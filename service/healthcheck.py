@@ -45,13 +45,12 @@ def answers(host: str, port: int, path: str) -> None:
 def listens(settings: Settings) -> None:
     """A worker says every few seconds that it is there; the queue server forgets it 30 s after it last did."""
     from redis.exceptions import RedisError
-    from rq import Worker
 
     from service.queue import JobQueue
 
     host = socket.gethostname()
     try:
-        names = [str(w.name) for w in Worker.all(queue=JobQueue(settings.redis_url, settings.queue).rq)]
+        names = JobQueue(settings.redis_url, settings.queue).worker_names()
     except RedisError as error:
         raise SystemExit(f"the queue is out of reach: {type(error).__name__}") from None
     if not any(name.startswith(f"{host}.") for name in names):

@@ -86,9 +86,12 @@ class JobQueue:
         """Entries on the queue. Raises redis.RedisError."""
         return int(self.rq.count)
 
-    def workers(self) -> int:
+    def worker_names(self) -> list[str]:
         """Workers that listen on the queue; one that was killed stays listed until its key expires."""
-        return len(Worker.all(queue=self.rq))
+        return [str(w.name) for w in Worker.all(queue=self.rq)]
+
+    def workers(self) -> int:
+        return len(self.worker_names())
 
     def ping(self) -> bool:
         try:
