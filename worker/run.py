@@ -19,6 +19,7 @@ from redis.retry import Retry
 from rq import Queue, Worker, worker_registration
 from rq.exceptions import StopRequested
 from rq.job import Job
+from rq.utils import now
 from sqlalchemy.exc import SQLAlchemyError
 
 from service.db import Database
@@ -84,8 +85,10 @@ class LorryWorker(Worker):  # type: ignore[misc, unused-ignore]
         with belonging(job=job_of(job.id)):
             try:
                 return super().execute_job(job, queue)
-            except RedisError as error:
-                log.warning("the queue is out of reach: %s", error)  # the job's outcome is in SQL all the same
+            except StopRequested:  # told to stop before the fork; the entry is gone, reconcile() makes another
+                raise
+            except Exception as error:  # RQ stumbles over what a wiped queue server forgot, in ways of every kind
+                log.warning("the queue lost track of the job: %r", error)  # its outcome is in SQL all the same
                 return None
             finally:
                 self.settle(job_of(job.id))
@@ -96,11 +99,21 @@ class LorryWorker(Worker):  # type: ignore[misc, unused-ignore]
             try:
                 super().monitor_work_horse(job, queue)
                 return
-            except RedisError as error:
-                log.warning("the queue is out of reach, the job goes on: %s", error)
+            except Exception as error:  # as above; no error of RQ's may leave a living child unwatched
+                log.warning("the queue is out of reach, the job goes on: %r", error)
                 if not self.horse_pid or self.horse_status is not None:
                     return  # the child has ended; what failed was the queue's record of it
                 time.sleep(1)
+
+    def clean_registries(self) -> None:
+        """RQ's own book-keeping, which nothing here depends on."""
+        try:
+            super().clean_registries()
+        except RedisError:
+            raise
+        except Exception as error:
+            log.warning("RQ could not tidy up: %r", error)
+            self.last_cleaned_at = now()
 
     def heartbeat(self, timeout: int | None = None, pipeline: Any = None) -> None:
         self.reconcile()  # first: it must also be done while the queue server is away
