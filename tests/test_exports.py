@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -18,12 +19,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from service.errors import JobFailure
 from service.templates import StoredTemplate, render_generation
-from tests.export_kit import NF4, Exporter, chat_template, make_adapter, quantized_copy
+from tests.export_kit import NF4, Exporter, Watcher, chat_template, make_adapter, quantized_copy
 from tests.tiny import BOS, EOS, make_tiny_base
 from worker import adapter_io
 from worker.export import folder as folders
 from worker.export import plan as plans
 from worker.export import template as templates
+from worker.export.interrupt import interruptible
 from worker.export.weights import BaseWeights
 from worker.outcome import Interrupted
 
@@ -157,7 +159,8 @@ def another_configuration(patch: pytest.MonkeyPatch) -> None:
     write = folders.write_configs
 
     def wrong(base: BaseWeights, *args: Any, **options: Any) -> None:
-        write(BaseWeights({**base.config, "rms_norm_eps": 1e-2}, base.tensors, base.folder), *args, **options)
+        config = {**base.config, "rms_norm_eps": 1e-2}
+        write(BaseWeights(config, base.tensors, base.folder, base.name, base.revision), *args, **options)
 
     patch.setattr(folders, "write_configs", wrong)
 
@@ -222,6 +225,12 @@ def test_a_cancel_is_heard_in_every_phase_and_leaves_nothing(export: Exporter, a
     with pytest.raises(Interrupted):
         export(adapter, format="merged_16bit", ask_in=phase)
     assert export.left() == []
+
+
+def test_a_cancel_reaches_a_library_that_never_asks() -> None:
+    progress = Watcher(ask_in="loading", phases=["loading"])
+    with pytest.raises(Interrupted), interruptible(progress):
+        time.sleep(600)
 
 
 def test_an_attempt_that_was_killed_leaves_nothing_to_the_next(export: Exporter, adapter: Path) -> None:

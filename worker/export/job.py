@@ -39,9 +39,10 @@ def run(spec: ExportSpec, context: Context) -> Outcome:
     about = json.loads((adapter / "lorry_adapter.json").read_text("utf-8"))
     stored = StoredTemplate.model_validate_json((adapter / "lorry_template.json").read_text("utf-8"))
     probe: list[list[int]] = json.loads((adapter / adapter_io.PROBE).read_text("utf-8"))
-    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    tokenizer = AutoTokenizer.from_pretrained(adapter, trust_remote_code=context.settings.trust_remote_code)
     progress.started()
-    progress.record({"device": record.device(), "versions": record.versions()})
+    versions = record.versions()
+    progress.record({"device": record.device(), "versions": versions})
 
     # What can be known to fail does so before the work: the base's files, the adapter's fit, the disk.
     progress.phase("planning")
@@ -58,7 +59,7 @@ def run(spec: ExportSpec, context: Context) -> Outcome:
         expected, weights = None, None
         if spec.verify:
             progress.phase("loading")
-            with interruptible(progress) as step:
+            with interruptible(progress) as step, load.enough_memory():
                 ends = template.stop_ids(stored, tokenizer)
                 expected, weights = ask_adapter(spec, source, probe, ends, aside / "expected", step)
         with whole_folder(paths.out_dir) as folder:
@@ -89,7 +90,7 @@ def run(spec: ExportSpec, context: Context) -> Outcome:
                     **(about.get("lineage") or {}),
                 },
                 "template": stored.fingerprint,
-                "versions": record.versions(),
+                "versions": versions,
                 "verification": report,
                 "files": files,
             }
@@ -195,7 +196,7 @@ def ask_adapter(
     if spec.format != "lora" and source.place.dtype == torch.float32:
         weights = fingerprint.of_peft(live, source.plan.tensors, in_nf4(spec), lambda: None)
     del live
-    load.free()
+    load.free(source.place)
     return expected, weights
 
 
@@ -214,7 +215,7 @@ def judge(
 
     `merged` is the transformers folder of the merged model, and what PEFT's own merge gives.
     """
-    with interruptible(context.progress) as step:
+    with interruptible(context.progress) as step, load.enough_memory():
         if spec.format == "gguf":
             tools = llama_cpp.find(context.settings)
             report = gguf.read_back_all(folder, spec, stored, expected, tokenizer=tokenizer, tools=tools, step=step)
@@ -238,7 +239,6 @@ def judge(
     write_json(folder / "verification.json", report)
     shutil.rmtree(rejected, ignore_errors=True)
     os.replace(folder, rejected)
-    load.free()
     raise JobFailure(
         "export_mismatch", f"the export does not say what the adapter says: {'; '.join(report['problems'])}"
     )

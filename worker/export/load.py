@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from service.errors import JobFailure
+
 
 @dataclass(frozen=True)
 class Place:
@@ -21,6 +25,7 @@ class Place:
     device: torch.device
     dtype: torch.dtype
     roomy: bool  # whether a 4-bit base may be dequantised
+    bytes: int  # of a model there
 
     @property
     def kwargs(self) -> dict[str, Any]:
@@ -37,10 +42,11 @@ def place(parameters: int, stored: torch.dtype) -> Place:
     """
     needed = int(parameters * 4 * 1.25) + 2**30
     if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > needed:
-        return Place(torch.device("cuda"), torch.float32, True)
+        return Place(torch.device("cuda"), torch.float32, True, 4 * parameters)
     if psutil.virtual_memory().available > needed:
-        return Place(torch.device("cpu"), torch.float32, True)
-    return Place(torch.device("cuda" if torch.cuda.is_available() else "cpu"), stored, False)
+        return Place(torch.device("cpu"), torch.float32, True, 4 * parameters)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Place(device, stored, False, stored.itemsize * parameters)
 
 
 def load_live(
@@ -65,8 +71,21 @@ def load_live(
     return PeftModel.from_pretrained(model, adapter)
 
 
-def free() -> None:
+@contextmanager
+def enough_memory() -> Iterator[None]:
+    """Say what helps when a model does not fit. Raises JobFailure("out_of_memory")."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise JobFailure(
+            "out_of_memory",
+            "verify: the model does not fit into the memory that is free now; stop what else uses it, or export without verify",
+        ) from error
+
+
+def free(where: Place) -> None:
     """Give back the memory of a model that nobody holds any more, before the next is loaded."""
-    gc.collect()
+    if where.bytes > 1 << 28:  # looking through all objects takes half a second, which a small model is not worth
+        gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

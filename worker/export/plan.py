@@ -70,7 +70,9 @@ class Skeleton:
     ]  # linear layers that stay in 16 bits in a 4-bit model: the output embedding, and what `keep` named
 
 
-def skeleton(base: BaseWeights, *, trust_remote_code: bool, keep: list[str] | None = None) -> Skeleton:
+def skeleton(
+    base: BaseWeights, *, trust_remote_code: bool, token: str | None = None, keep: list[str] | None = None
+) -> Skeleton:
     """Build the model of a config.json on torch's meta device; `keep` are bitsandbytes' llm_int8_skip_modules.
 
     Raises JobFailure("unsupported").
@@ -79,7 +81,9 @@ def skeleton(base: BaseWeights, *, trust_remote_code: bool, keep: list[str] | No
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     try:
-        config = AutoConfig.from_pretrained(base.folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(
+            base.name, revision=base.revision, token=token, trust_remote_code=trust_remote_code
+        )
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with torch.device("meta"):

@@ -65,7 +65,7 @@ def open_source(spec: ExportSpec, context: Context, adapter: Path, about: dict[s
     else:
         weights = "the base's own"
     config = base.config.get("quantization_config") or quantization_config or {}
-    model = skeleton(base, trust_remote_code=hub["trust_remote_code"], keep=config.get("llm_int8_skip_modules"))
+    model = skeleton(base, keep=config.get("llm_int8_skip_modules"), **hub)
     dtype = base.dtype if base.dtype in HALF else torch.bfloat16
     if spec.format == "gguf":
         dtype = torch.float32  # an intermediate: each GGUF type is rounded to from here, once

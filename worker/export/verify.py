@@ -76,7 +76,7 @@ def read_back(
     problems += lost
     compared = reference.compare(model, expected, step)
     del model
-    load.free()
+    load.free(source.place)
     limit = LIMITS[format].allowed(expected.effect)
     report |= {**compared.report(), "limit": limit}
     if not compared.mean_kl <= limit:  # also true for NaN

@@ -37,8 +37,11 @@ class Stored:
 class BaseWeights:
     """The tensors of a base and its config.json. Opens one file at a time; nothing is kept in memory."""
 
-    def __init__(self, config: dict[str, Any], tensors: dict[str, Stored], folder: Path) -> None:
+    def __init__(
+        self, config: dict[str, Any], tensors: dict[str, Stored], folder: Path, name: str, revision: str | None
+    ) -> None:
         self.config, self.tensors, self.folder = config, tensors, folder
+        self.name, self.revision = name, revision
         self._open: tuple[Path, Any] | None = None
 
     @property
@@ -94,6 +97,7 @@ def open_base(base: str, *, revision: str | None, token: str | None) -> BaseWeig
         if config_file is None:
             raise JobFailure("model_not_found", f"the base {base} has no config.json")
         files = _weight_files(base, revision, token)
+        _file_of(base, "generation_config.json", revision, token)  # beside config.json, for those who look there
     except OSError as error:
         raise JobFailure("model_not_found", f"the base {base}: {str(error).splitlines()[0]}") from error
     config = json.loads(config_file.read_text("utf-8"))
@@ -108,7 +112,7 @@ def open_base(base: str, *, revision: str | None, token: str | None) -> BaseWeig
             for key in file.keys():  # noqa: SIM118
                 part = file.get_slice(key)
                 headers[key] = (path, tuple(part.get_shape()), part.get_dtype())
-    return BaseWeights(config, _tensors(base, headers), config_file.parent)
+    return BaseWeights(config, _tensors(base, headers), config_file.parent, base, revision)
 
 
 def _tensors(base: str, headers: dict[str, tuple[Path, tuple[int, ...], str]]) -> dict[str, Stored]:
