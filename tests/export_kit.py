@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from service.settings import Settings
-from service.specs import parse_spec
+from service.specs import ExportSpec, parse_spec
 from service.templates import StoredTemplate
 from tests.recipes import WORDS, Recorder
 from worker import adapter_io
@@ -147,6 +147,7 @@ class Exporter:
         again: bool = False,
         ask_in: str | None = None,
         before: Callable[[Paths], Any] | None = None,
+        settings: Settings | None = None,
         **spec: Any,
     ) -> Export:
         """Run an export; `again` in the folder of the last one. `before` sees the paths first."""
@@ -155,10 +156,15 @@ class Exporter:
         if before:
             before(paths)
         progress = Watcher(ask_in=ask_in)
-        settings = Settings(data_dir=self.root / "data")
+        settings = settings or Settings(data_dir=self.root / "data")
         context = Context(paths=paths, progress=progress, settings=settings, about={"job": "job_e"}, token=None)
-        parsed = parse_spec({"kind": "export", "adapter": "a", **spec})
-        return Export(job.run(parsed, context), progress, paths.out_dir)  # type: ignore[arg-type]
+        return Export(job.run(self.spec(**spec), context), progress, paths.out_dir)
+
+    @staticmethod
+    def spec(**values: Any) -> ExportSpec:
+        spec = parse_spec({"kind": "export", "adapter": "a", **values})
+        assert isinstance(spec, ExportSpec)
+        return spec
 
     @property
     def home(self) -> Path:

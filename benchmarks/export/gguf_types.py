@@ -20,6 +20,7 @@ from service.settings import Settings
 from service.specs import GGUF_METHODS, parse_spec
 from service.templates import StoredTemplate
 from tests.export_kit import Exporter, Watcher, make_adapter
+from worker.data.stored import base_template
 from worker.export import folder as folders
 from worker.export import gguf, llama_cpp, load, reference, template
 from worker.export.gguf_types import KINDS, contents
@@ -39,7 +40,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
         tokenizer = AutoTokenizer.from_pretrained(asked.model)
-        adapter = make_adapter(asked.model, root / "adapter", size=asked.size)
+        adapter = make_adapter(asked.model, root / "adapter", size=asked.size, template=base_template(tokenizer))
         texts = [text for _, text in sorted(pydoc_data.topics.topics.items()) if len(text) > 2000][: asked.rows]
         probe = [tokenizer(text[:2000], add_special_tokens=False)["input_ids"][: asked.tokens] for text in texts]
         context = Context(

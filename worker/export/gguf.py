@@ -108,15 +108,19 @@ def convert(
         notes.unlink(missing_ok=True)
     if done["pre_tokenizer"] is not None:
         # The converter did not know the tokenizer; it was told by its form, which is a guess until it is shown.
-        texts = [HARD_TEXT, *gguf_template.served_texts(template)]
-        expected = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-        got = [line["ids"] for line in llama_cpp.run("tokenize", {"file": str(out), "texts": texts}, tools)]
-        if got != expected:
-            raise JobFailure(
-                "unsupported",
-                f"gguf: llama.cpp has no pre-tokenizer for this tokenizer: as {done['pre_tokenizer']!r}, the nearest by "
-                "its form, it splits texts differently",
-            )
+        prove_tokenizer(out, done["pre_tokenizer"], tokenizer, gguf_template.served_texts(template), tools)
+
+
+def prove_tokenizer(file: Path, form: str, tokenizer: Any, texts: list[str], tools: Tools) -> None:
+    """Raise JobFailure("unsupported") unless llama.cpp makes the same tokens as `tokenizer` of `texts` and a hard one."""
+    texts = [HARD_TEXT, *texts]
+    expected = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    if [line["ids"] for line in llama_cpp.run("tokenize", {"file": str(file), "texts": texts}, tools)] != expected:
+        raise JobFailure(
+            "unsupported",
+            f"gguf: llama.cpp has no pre-tokenizer for this tokenizer: as {form!r}, the nearest by its form, it splits "
+            "texts differently",
+        )
 
 
 def stored_type(folder: Path) -> str:

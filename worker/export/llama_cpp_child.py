@@ -75,6 +75,12 @@ def convert(request: Request) -> None:
         write(self, writer, quiet=True)
 
     gguf.SpecialVocab.add_to_gguf = add_to_gguf
+    set_add_bos = gguf.GGUFWriter.add_add_bos_token
+
+    def add_add_bos_token(self: Any, value: bool) -> None:
+        set_add_bos(self, request["add"].get("bos", value))  # a later step sets it by the vocabulary's size
+
+    gguf.GGUFWriter.add_add_bos_token = add_add_bos_token
     try:
         from conversion.base import TextModel  # type: ignore[import-not-found]
     except ImportError:
@@ -236,9 +242,12 @@ def serve(request: Request) -> None:
             say(answer=call(path, body))
         except urllib.error.HTTPError as error:
             say(error=error.read().decode("utf-8", "replace")[:1000])
+    # The server answers with probabilities only beside text, which half a character or an end token is not: it is made to
+    # choose a letter. What it reports are the probabilities before that.
+    letter = call("/tokenize", {"content": "a"})["tokens"][-1]
     for ids, file, row, bare in request.get("positions", []):
         want, base = np.load(file, mmap_mode="r")[row], np.load(bare, mmap_mode="r")[row]
-        body = {"prompt": ids, "n_predict": 1, "n_probs": len(want), "temperature": 0, "cache_prompt": True}
+        body = {"prompt": ids, "n_predict": 1, "n_probs": len(want), "temperature": 0, "logit_bias": [[letter, 1e6]]}
         entries = call("/completion", body)["completion_probabilities"][0]["top_logprobs"]
         if len(entries) != len(want):
             refuse(f"the file has {len(entries)} tokens in its vocabulary, the adapter {len(want)}")

@@ -35,7 +35,7 @@ def needed_bytes(spec: ExportSpec, source: Source, probe: list[list[int]]) -> in
         # The merged model, what it is converted to in the same type, and each file.
         files = 2 * merged + sum(int(parameters * bits(m) / 8) for m in spec.methods)
     elif spec.methods:
-        files += len(spec.methods) * adapter
+        files += len(spec.methods) * adapter + (2 * merged if spec.verify else 0)  # the base as GGUF, to try them on
     vocabulary = max((p.shape[0] for p in tensors if len(p.shape) == 2), default=0)
     return files + 4 * vocabulary * sum(len(row) for row in probe) + RESERVE
 
