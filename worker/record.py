@@ -19,6 +19,9 @@ PACKAGES = (
     "accelerate",
     "bitsandbytes",
     "tokenizers",
+    "gguf",
+    "cyllama",
+    "xllamacpp",
 )
 
 
