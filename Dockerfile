@@ -22,7 +22,7 @@ ENV PATH=/opt/lorry/bin:$PATH \
     HF_HOME=/hub
 WORKDIR /home/lorry
 
-# --- environments: each lock whole, without pip in it ----------------------------------------------------------------
+# --- environments: each lock whole -------------------------------------------------------------------------------------
 
 FROM ${PYTHON_IMAGE} AS build
 ARG PIP_INDEX_URL
@@ -35,32 +35,36 @@ COPY worker worker
 COPY migrations migrations
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip wheel --no-deps --wheel-dir /wheel .
-RUN python -m venv --without-pip /opt/lorry
+RUN python -m venv /opt/lorry
 
 FROM build AS build-api
-COPY locks/api.txt /locks/
+COPY locks/api.txt locks/
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip --python /opt/lorry/bin/python install --no-deps --only-binary :all: -r /locks/api.txt \
-    && pip --python /opt/lorry/bin/python install --no-deps /wheel/*.whl
+    /opt/lorry/bin/pip install --no-deps --only-binary :all: -r locks/api.txt \
+    && /opt/lorry/bin/pip install --no-deps /wheel/*.whl
 
 FROM build AS build-worker
-COPY locks/gpu.txt /locks/
+COPY scripts/gguf-tools scripts/
+COPY locks/gpu.txt locks/gguf.txt locks/gguf-converter.txt locks/
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip --python /opt/lorry/bin/python install --no-deps --only-binary :all: -r /locks/gpu.txt \
-    && pip --python /opt/lorry/bin/python install --no-deps /wheel/*.whl
+    /opt/lorry/bin/pip install --no-deps --only-binary :all: -r locks/gpu.txt \
+    && scripts/gguf-tools /opt/lorry/bin/python \
+    && /opt/lorry/bin/pip install --no-deps /wheel/*.whl
 
 FROM build AS build-cpu
-COPY locks/cpu.txt /locks/
+COPY scripts/gguf-tools scripts/
+COPY locks/cpu.txt locks/gguf.txt locks/gguf-converter.txt locks/
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip --python /opt/lorry/bin/python install --no-deps --only-binary :all: -r /locks/cpu.txt \
-    && pip --python /opt/lorry/bin/python install --no-deps /wheel/*.whl \
+    /opt/lorry/bin/pip install --no-deps --only-binary :all: -r locks/cpu.txt \
     && { /opt/lorry/bin/python -c 'import torch' \
-         || { echo "PyPI's torch is built for CUDA: set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU wheels" >&2; exit 1; }; }
+         || { echo "PyPI's torch is built for CUDA: set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU wheels" >&2; exit 1; }; } \
+    && scripts/gguf-tools /opt/lorry/bin/python \
+    && /opt/lorry/bin/pip install --no-deps /wheel/*.whl
 
 FROM build AS build-tensorboard
-COPY locks/tensorboard.txt /locks/
+COPY locks/tensorboard.txt locks/
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip --python /opt/lorry/bin/python install --no-deps --only-binary :all: -r /locks/tensorboard.txt
+    /opt/lorry/bin/pip install --no-deps --only-binary :all: -r locks/tensorboard.txt
 
 # --- images ----------------------------------------------------------------------------------------------------------
 

@@ -112,11 +112,11 @@ class Project:
         order = in_order(self.services)
         for name in order:
             for other, how in self.services[name].get("depends_on", {}).items():
-                self._wait(other, how["condition"])
+                self.wait(other, how["condition"])
             self._start(name)
         for name in order:
             once = self.services[name].get("restart") == "no"
-            self._wait(name, "service_completed_successfully" if once else "service_healthy")
+            self.wait(name, "service_completed_successfully" if once else "service_healthy")
 
     def down(self) -> dict[str, int]:
         """Stop in reverse order, as compose does; exit status of each service's processes, killed ones -9."""
@@ -192,13 +192,14 @@ class Project:
                 )  # fmt: skip
             self.processes.setdefault(name, []).append(process)
         if name == "secrets":  # the URLs among them name hosts
-            self._wait(name, "service_completed_successfully")
+            self.wait(name, "service_completed_successfully")
             for path in self.volume("secrets").iterdir():
                 text = self._local(name, path.read_text("utf-8"))
                 path.unlink()
                 path.write_text(text, "utf-8")
 
-    def _wait(self, name: str, condition: str, limit: float = 180) -> None:
+    def wait(self, name: str, condition: str, limit: float = 300) -> None:
+        """Until a dependency's condition holds. Raises AssertionError with the log if the service failed or takes too long."""
         deadline = time.monotonic() + limit
         while not self._holds(name, condition):
             assert time.monotonic() < deadline, f"{name}: not {condition} in {limit:g} s:\n{self.log(name)[-3000:]}"
