@@ -21,6 +21,7 @@ from service.settings import Settings
 
 HOW = "install the tools with scripts/gguf-tools, or set LORRY_LLAMA_CPP_DIR to a built llama.cpp checkout"
 UNSUPPORTED = 3  # exit status of a child that names what it cannot do on its last line
+PACKAGED = Path(sys.prefix) / "share" / "lorry" / "llama.cpp"
 QUANTIZERS = ("build/bin/llama-quantize", "bin/llama-quantize", "llama-quantize")
 
 
@@ -37,7 +38,7 @@ class Tools:
 
 def find(settings: Settings) -> Tools:
     """The tools in force. Raises JobFailure("unsupported") that says what is missing and how to install it."""
-    folder = settings.llama_cpp_dir or Path(sys.prefix) / "share" / "lorry" / "llama.cpp"
+    folder = settings.llama_cpp_dir or PACKAGED
     for name in ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py"):
         if not (folder / name).is_file():
             raise JobFailure("unsupported", f"gguf: this worker has no llama.cpp converter ({folder / name}): {HOW}")
@@ -68,6 +69,9 @@ def run(command: str, request: dict[str, Any], tools: Tools) -> list[dict[str, A
     root = str(Path(__file__).parents[2])
     environment |= {
         "PYTHONPATH": os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p),
+        "LD_LIBRARY_PATH": os.pathsep.join(
+            p for p in (os.environ.get("LD_LIBRARY_PATH"), str(PACKAGED / "lib")) if p
+        ),  # libgomp, where the system has none
         "OMP_NUM_THREADS": str(tools.threads),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
