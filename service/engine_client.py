@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx
 
+from service.engine_transport import EngineTransport
 from service.errors import Conflict, Invalid, LorryError, NotFound, Unavailable
 from service.logs import REQUEST_ID_HEADER, request_id
 from service.openai.wire import Piece, TokenInfo, Usage
@@ -70,26 +71,38 @@ class Generation:
         self._offsets: dict[int, int] = {}
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
-        try:
-            async for piece in self._pieces():
+        async for batch in self.batches():
+            for piece in batch:
                 yield piece
+
+    async def batches(self) -> AsyncIterator[list[Piece]]:
+        """The pieces, those together that have come together: one when there is time, more when there is much to do."""
+        try:
+            async for batch in self._batches():
+                yield batch
         except httpx.HTTPError as error:
             raise _unreachable(self.url, error) from error
 
-    async def _pieces(self) -> AsyncIterator[Piece]:
+    async def _batches(self) -> AsyncIterator[list[Piece]]:
         told: Mapping[str, float] | None = None
-        async for body in _events(self._response):
-            if "error" in body:
-                raise _error_of(body, int(body["error"].get("code") or 500) if _numeric(body) else 500)
-            if body.get("usage"):
-                self.usage = Usage(body["usage"]["prompt_tokens"], body["usage"].get("completion_tokens") or 0)
-            told = told or body.get("lorry") or None
-            for choice in body.get("choices") or ():
-                piece = self._piece(choice)
-                if not self.timings.first_token_ms and (piece.text or piece.token_ids or piece.finish_reason):
-                    self.timings.first_token_ms = _ms(self._began)
-                if piece.text or piece.token_ids or piece.tokens or piece.finish_reason:
-                    yield piece
+        async for bodies in _events(self._response):
+            batch: list[Piece] = []
+            for body in bodies:
+                if "error" in body:
+                    if batch:
+                        yield batch
+                    raise _error_of(body, int(body["error"].get("code") or 500) if _numeric(body) else 500)
+                if body.get("usage"):
+                    self.usage = Usage(body["usage"]["prompt_tokens"], body["usage"].get("completion_tokens") or 0)
+                told = told or body.get("lorry") or None
+                for choice in body.get("choices") or ():
+                    piece = self._piece(choice)
+                    if not self.timings.first_token_ms and (piece.text or piece.token_ids or piece.finish_reason):
+                        self.timings.first_token_ms = _ms(self._began)
+                    if piece.text or piece.token_ids or piece.tokens or piece.finish_reason:
+                        batch.append(piece)
+            if batch:
+                yield batch
         self.timings.total_ms = _ms(self._began)
         if told:
             for name in ("queue_ms", "first_token_ms", "total_ms"):
@@ -119,7 +132,8 @@ class EngineClient:
             base_url=self.url,
             # No read limit: how long an answer takes is the engine's to say; a dead one closes its connections.
             timeout=httpx.Timeout(connect=5.0, read=None, write=30.0, pool=None),
-            # Idle connections are given up before the engine does it (5 s), so that none is reused while it closes.
+            mounts={"http://": EngineTransport()},
+            # For https. Idle connections are given up before the engine does it (5 s): none is reused while it closes.
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2.0),
             trust_env=False,
             event_hooks={"request": [_name_request]},
@@ -318,19 +332,25 @@ def _lengths(message: str) -> dict[str, int]:
     return {k: int(next(g for g in m.groups() if g)) for k, m in found.items() if m}
 
 
-async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
-    """The JSON bodies of an OpenAI event stream. Split by bytes: str.splitlines also splits inside JSON strings."""
+async def _events(response: httpx.Response) -> AsyncIterator[list[dict[str, Any]]]:
+    """The JSON bodies of an OpenAI event stream, those together that have come together.
+
+    Split by bytes: str.splitlines also splits inside JSON strings.
+    """
     rest = b""
     async for data in response.aiter_bytes():
         *lines, rest = (rest + data).split(b"\n")
+        bodies: list[dict[str, Any]] = []
         for line in lines:
-            line = line.strip()
             if not line.startswith(b"data:"):
                 continue
             payload = line[5:].strip()
             if payload == b"[DONE]":
+                yield bodies
                 return
-            yield json.loads(payload)
+            bodies.append(json.loads(payload.decode()))  # given bytes, it would look for their encoding each time
+        if bodies:
+            yield bodies
     raise Unavailable("the engine broke off in the middle of an answer", code="engine_unavailable")
 
 

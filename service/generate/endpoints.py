@@ -83,11 +83,15 @@ async def _stream(
     index = 0
     async with stack:
         try:
-            async for piece in generation:
-                whole.extend(piece)
-                if piece.text:
-                    yield _event("token", {"index": index, "text": piece.text})
-                    index += 1
+            async for batch in generation.batches():
+                events = []
+                for piece in batch:
+                    whole.extend(piece)
+                    if piece.text:
+                        events.append(_event("token", {"index": index, "text": piece.text}))
+                        index += 1
+                if events:
+                    yield b"".join(events)
             yield _event("done", service.answer(gen_id, body, whole, generation).model_dump())
         except LorryError as error:
             yield _event("error", error.body())

@@ -197,10 +197,11 @@ async def _chunks(
         try:
             for first in writer.first(range(choices)):
                 yield event(first)
-            async for piece in generation:
-                if piece.finish_reason is not None:
-                    finish_reason(piece)
-                yield event(writer.chunk(piece))
+            async for batch in generation.batches():
+                for piece in batch:
+                    if piece.finish_reason is not None:
+                        finish_reason(piece)
+                yield b"".join(event(writer.chunk(piece)) for piece in batch)
             if include_usage:
                 yield event(writer.usage(generation.usage, _lorry(generation)))
         except LorryError as error:
