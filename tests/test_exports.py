@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import pytest
 import torch
 from peft import PeftModel
@@ -36,7 +37,8 @@ TRAINED_IN_4_BITS = {"dtype": "float32", "quantization_config": NF4.to_dict()}
 @pytest.fixture(scope="module")
 def adapter(tiny_base_tied: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A chat adapter of a tied base, embeddings trained."""
-    return make_adapter(tiny_base_tied, tmp_path_factory.mktemp("adapter") / "a", embeddings=BOTH)
+    template = chat_template(tiny_base_tied, stop=[EOS, "<|eot_id|>", "###"])
+    return make_adapter(tiny_base_tied, tmp_path_factory.mktemp("adapter") / "a", embeddings=BOTH, template=template)
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +96,8 @@ def test_the_merged_models_load_as_what_they_are(export: Exporter, adapter: Path
     assert model.lm_head.weight.dtype == torch.bfloat16
     assert model.lm_head.weight is not model.model.embed_tokens.weight, "trained apart: untied"
     assert model.config.tie_word_embeddings is False
-    eos = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids(EOS)
-    assert model.generation_config.eos_token_id == eos
+    ends = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids([EOS, "<|eot_id|>"])
+    assert model.generation_config.eos_token_id == ends, "what ends an answer as served, as far as it is one token"
 
 
 def test_bits_per_weight_are_those_of_nf4(tmp_path: Path) -> None:
@@ -125,6 +127,18 @@ def test_a_model_trained_in_4_bits_is_exported_as_it_was_trained(
     assert 0.01 < (ours - theirs).norm() / theirs.norm() < 0.2  # NF4's error
     lora = export(adapter, format="lora")
     assert lora.report["mean_kl"] < 1e-6
+
+
+def test_where_float32_does_not_fit_models_are_compared_in_16_bits(
+    tiny_base_tied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = psutil.virtual_memory()._replace(available=2**30)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: free)
+    base = quantized_copy(tiny_base_tied, tmp_path / "nf4")
+    adapter = make_adapter(tiny_base_tied, tmp_path / "a", embeddings=BOTH)
+    report = Exporter(tmp_path, base)(adapter, format="merged_16bit").report
+    assert (report["dtype"], report["mean_kl"] < report["limit"]) == ("bfloat16", True)
+    assert "weights" not in report, "PEFT's merge would be rounded otherwise"
 
 
 def test_another_model_is_refused_as_the_original(export: Exporter, adapter: Path, tmp_path: Path) -> None:
