@@ -17,10 +17,8 @@ from service.restore import restore
 from service.settings import Settings
 from tests.conftest import Api, new_database, serve
 from tests.recipes import cpt_spec, texts
-from tests.serving import engine_settings, serve_engine
+from tests.serving import KINDS, engine_settings, make_adapter, register, serve_engine
 from tests.worker_kit import Host
-
-LAST = 30
 
 
 def host_of(settings: Settings, log: Path) -> Host:
@@ -38,33 +36,49 @@ def test_a_restored_backup_serves_the_same_text_and_trains_on(
         here = host_of(make_settings(database_url=urls["sqlite"], **common), tmp_path / "here.log")
         file = here.upload(texts(tmp_path / "rows.jsonl", n=100))
         dataset = {"file_id": file, "test_size": 0.05}
-        often = {"logging_steps": 1, "eval_steps": 1000, "save_steps": 5, "save_total_limit": 2}
-        first = here.submit(cpt_spec(tiny_base, adapter="first", dataset=dataset, training={**often, "max_steps": 4}))
-        second = here.submit(
-            cpt_spec(tiny_base, adapter="second", dataset=dataset, training={**often, "max_steps": LAST})
-        )
+        # Steps without end: however fast they are, it is training when the backup is made.
+        training = {
+            "max_steps": 1_000_000,
+            "logging_steps": 1,
+            "eval_steps": 1_000_000,
+            "save_steps": 5,
+            "save_total_limit": 1000,
+        }
+        job = here.submit(cpt_spec(tiny_base, adapter="trained", dataset=dataset, training=training))
+        ready = make_adapter(tiny_base, here.settings.adapters_dir / "ready", **KINDS["full"])
+        register(here.db, "ready", ready, str(tiny_base))
         with here.worker():
-            here.status(first, "succeeded", seconds=300)
-            here.step(second, 8, seconds=300)
-            report = backup(here.settings, tmp_path / "backup.tar")
-            jobs.cancel(here.db, here.queue, second)
-            here.status(second, "cancelled", "succeeded", seconds=300)
+            here.step(job, 8, seconds=300)
+            report = backup(here.settings, tmp_path / "backup.tar")  # while it trains
+            jobs.cancel(here.db, here.queue, job)
+            here.status(job, "cancelled", seconds=300)
         assert (report.missing, report.damaged) == ([], [])
 
         there = host_of(make_settings(database_url=urls["postgres"], **common), tmp_path / "there.log")
-        assert restore(there.settings, tmp_path / "backup.tar").requeued == [second]
+        assert restore(there.settings, tmp_path / "backup.tar").requeued == [job]
+        refs = ["ready", f"{job}@5"]
         with serve(here.settings) as old, serve(there.settings) as new:
-            texts_of = [answers(api, "first") for api in (old, new)]
-        assert texts_of[0] == texts_of[1]
-        assert engine.engine.adapters.get("first").path.is_relative_to(there.settings.data_dir), "the restored files"
+            assert [answers(old, ref) for ref in refs] == [answers(new, ref) for ref in refs]
+        for ref in refs:
+            assert engine.engine.adapters.get(ref).path.is_relative_to(there.settings.data_dir), "the restored files"
         with there.worker():
-            row = there.status(second, "succeeded", "failed", seconds=300)
-    assert (row.status, row.attempt) == ("succeeded", 1), row.error
-    (resumed,) = [e.data["message"] for e in there.events(second, "log") if "resumed" in e.data["message"]]
-    assert int(resumed.rpartition(" ")[2]) >= 5
-    assert [p["step"] for p in there.metrics(second)["train"]] == list(range(1, LAST + 1))
+            there.status(job, "running", seconds=300)
+            there.wait(job, lambda row: resumptions(there, job) != [], seconds=300)
+            (resumed,) = resumptions(there, job)
+            began = int(resumed.rpartition(" ")[2])
+            there.step(job, began + 3, seconds=300)
+            jobs.cancel(there.db, there.queue, job)
+            row = there.status(job, "cancelled", seconds=300)
+    assert row.attempt == 1
+    assert began >= 5
+    steps = [p["step"] for p in there.metrics(job)["train"]]
+    assert steps == list(range(1, len(steps) + 1))
     for host in (here, there):
         host.db.dispose()
+
+
+def resumptions(host: Host, job: str) -> list[str]:
+    return [e.data["message"] for e in host.events(job, "log") if "resumed from the checkpoint" in e.data["message"]]
 
 
 def answers(api: Api, name: str) -> list[str]:

@@ -90,6 +90,7 @@ class LorryTrainer(UnslothTrainer):  # type: ignore[misc, unused-ignore]
         self.save_adapter = save_adapter
         self.fence = fence  # raises Fenced if another run has the job and writes to the same folder
         self.evaluation_due = False  # the step's evaluation was interrupted
+        self.asked = False  # what stops the training was asked for: steps are left to take
         self.staging = Path(self.args.output_dir) / f"{STAGING}.{os.urandom(4).hex()}"
         self.keep = save_total_limit
         self.tokens = torch.zeros((), dtype=torch.long, device=self.args.device)  # on the device: no sync per step
@@ -137,6 +138,7 @@ class LorryTrainer(UnslothTrainer):  # type: ignore[misc, unused-ignore]
             "loss_sum": self._tr_loss.item(),
             "last_logged_step": self._globalstep_last_logged,
             "evaluation_due": self.evaluation_due,
+            "finished": self.finished,
         }
         write_json(staging_root / name / PENDING, pending)
         self.fence()
@@ -147,6 +149,22 @@ class LorryTrainer(UnslothTrainer):  # type: ignore[misc, unused-ignore]
             : max(0, len(steps) - self.keep)
         ]:
             shutil.rmtree(Path(final_root) / f"checkpoint-{step}")
+
+    @property
+    def finished(self) -> bool:
+        """Whether no step is left: all were taken, or early stopping ended it."""
+        stopped = self.control.should_training_stop and not self.asked
+        return bool(self.state.global_step >= self.state.max_steps or stopped)
+
+    def take_up(self, checkpoint: Path, *, evaluate: bool) -> None:
+        """Stand where a finished training stood. trainer.train() would take one more step, whatever max_steps says."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        self.tokens.fill_(self.state.num_input_tokens_seen)
+        if evaluate:
+            self._evaluate(None, None, skip_scheduler=True)
+        if self.args.load_best_model_at_end and self.state.best_global_step:
+            self._load_best_model()
 
     def _point_to_best(self, newest: Path) -> None:
         """Set the best checkpoint's folder in the state: `newest`, about to be there, or one that is."""
@@ -174,11 +192,13 @@ class LorryTrainer(UnslothTrainer):  # type: ignore[misc, unused-ignore]
         self._globalstep_last_logged = pending["last_logged_step"]
 
     def _load_best_model(self) -> None:
-        load_weights(self.model, trainable_part(Path(self.state.best_model_checkpoint)))
+        # By its step: a folder restored from a backup may lie elsewhere than the state in its checkpoints says.
+        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+        load_weights(self.model, trainable_part(best))
 
 
 def read_pending(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint left for the resumed run: loss_sum, last_logged_step, evaluation_due."""
+    """What a checkpoint left for the resumed run: loss_sum, last_logged_step, evaluation_due, finished."""
     pending: dict[str, Any] = json.loads((checkpoint / PENDING).read_text())
     return pending
 
@@ -300,6 +320,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def _ask(self, control: TrainerControl) -> None:
         self.ended = self.ended or self.progress.asked()
         if self.ended:
+            self.trainer.asked = True
             control.should_save = control.should_training_stop = True
 
 
@@ -325,9 +346,16 @@ def train(trainer: LorryTrainer, spec: CptSpec | IftSpec, progress: Progress, ch
     if last is not None:
         progress.checkpoints(describe_checkpoints(checkpoints))
         progress.resumed(last)
-        trainer.args.eval_on_start = read_pending(present[last])["evaluation_due"]
+        pending = read_pending(present[last])
+        trainer.args.eval_on_start = pending["evaluation_due"]
     try:
-        trainer.train(resume_from_checkpoint=str(present[last]) if last is not None else None)
+        if last is not None and pending.get("finished"):  # the run died after its last step: while saving, verifying, …
+            trainer.take_up(present[last], evaluate=pending["evaluation_due"])
+            state = trainer.state
+            steps = {"step": state.global_step, "total_steps": state.max_steps, "epoch": round(state.epoch or 0.0, 4)}
+            progress.steps({**steps, "tokens": int(trainer.tokens)})
+        else:
+            trainer.train(resume_from_checkpoint=str(present[last]) if last is not None else None)
     except Interrupted:
         trainer.evaluation_due = True
         if trainer.state.global_step and trainer.state.global_step not in checkpoints_in(checkpoints):
