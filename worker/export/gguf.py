@@ -198,6 +198,7 @@ def read_back(
     answers = llama_cpp.run("serve", request, tools)
     of_template, of_prompts = answers[: -len(prompts)], answers[-len(prompts) :]
     found += gguf_template.problems(stored, tokenizer, of_template)
+    found += [f"llama.cpp's server refuses a prompt: {a['error']}" for a in of_prompts if "error" in a][:1]
     compared = _comparison(expected, sums, [a.get("answer", {}).get("tokens", []) for a in of_prompts])
     share = carried(sums)
     limit = KINDS[method].limit

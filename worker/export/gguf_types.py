@@ -94,17 +94,16 @@ def check_types(file: Path, method: str) -> None:
     wrong: dict[str, str] = {}
     for tensor in reader.tensors:
         stored, row = tensor.tensor_type.name, int(tensor.shape[0])
-        if kind.main in WHOLE:
-            allowed = {kind.main} if len(tensor.shape) > 1 else WHOLE
-        elif _LINEAR.fullmatch(tensor.name):
-            counts[stored] += 1
-            # In mixtures of few experts, attention is stored in 8 bits.
-            allowed = {"Q8_0"}.union(*(_held(one, row) for one in (kind.main, *kind.others)))
-        elif tensor.name in ("output.weight", "token_embd.weight"):
-            # Stored finer: in 6 bits, or in 8 where rows are no multiple of 256.
-            allowed = {"Q6_K", "Q8_0"}.union(*(_held(one, row) for one in (kind.main, *kind.others)))
-        else:
+        outer = tensor.name in ("output.weight", "token_embd.weight")
+        if not outer and not _LINEAR.fullmatch(tensor.name):
             continue
+        allowed: set[str] = set().union(*(_held(one, row) for one in (kind.main, *kind.others)))
+        if kind.main not in WHOLE:
+            # The outer matrices are stored in 6 bits, or in 8 where rows are no multiple of 256; in mixtures of few
+            # experts, attention is stored in 8.
+            allowed |= {"Q6_K", "Q8_0"} if outer else {"Q8_0"}
+        if not outer:
+            counts[stored] += 1
         if stored not in allowed:
             wrong[tensor.name] = stored
     mains = {kind.main} | FALLBACK.get(kind.main, set())
@@ -119,7 +118,7 @@ def check_types(file: Path, method: str) -> None:
 
 def _held(name: str, row: int) -> set[str]:
     """The types in which llama.cpp may store a matrix whose rows have `row` values, when `name` is wanted."""
-    if row % 32:
+    if row % 32 and name not in WHOLE:
         return {"F16"}
     return FALLBACK[name] if row % 256 and name in FALLBACK else {name}
 
