@@ -12,9 +12,10 @@ from service.templates import StoredTemplate, _parts, fields_of, render_generati
 # Written before a template that begins a line of its own: jinja's trim_blocks takes the line break away again, and
 # lstrip_blocks then sees the template's first line as it was.
 _LINE = "\n"
+# Every content is read: llama.cpp puts a system message in front of the user's where a template does not look at it.
 _LAST_USER = (
-    "{%- set lorry = namespace(text='') %}{%- for message in messages %}{%- if message['role'] == 'user' %}"
-    "{%- set lorry.text = message['content'] %}{%- endif %}{%- endfor %}"
+    "{%- set lorry = namespace(text='') %}{%- for message in messages %}{%- set text = message['content'] %}"
+    "{%- if message['role'] == 'user' %}{%- set lorry.text = text %}{%- endif %}{%- endfor %}"
 )
 # Conversations every export is tried on; those that the served template refuses are left out.
 CONVERSATIONS: list[list[dict[str, str]]] = [
