@@ -144,6 +144,27 @@ def test_a_paused_run_goes_on_as_if_nothing_happened(
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.parametrize("early", [False, True], ids=["all-steps", "stopped-early"])
+def test_a_run_that_dies_after_its_last_step_takes_no_further_one(
+    tiny_base: Path, rows: Path, tmp_path: Path, early: bool
+) -> None:
+    change: dict[str, Any] = {"max_steps": 4, "save_steps": 2}
+    if early:
+        change = {
+            "max_steps": 40, "eval_steps": 1, "save_steps": 1, "early_stopping_patience": 2, "learning_rate": 0.3,
+            "embedding_learning_rate": 0.05, "lr_scheduler_type": "constant", "warmup_ratio": 0.0,
+        }  # fmt: skip
+    spec = cpt_spec(tiny_base, training=change)
+    first = run_recipe(spec, tmp_path, file=rows)
+    weights = load_file(first.adapter / "adapter_model.safetensors")
+    again = run_recipe(spec, tmp_path, file=rows)  # as the next attempt does: the checkpoints are there
+    assert again.progress.resumed_from == first.outcome.result["steps_trained"]
+    assert again.progress.losses == {}
+    assert again.outcome.result == first.outcome.result
+    same = load_file(again.adapter / "adapter_model.safetensors")
+    assert all(torch.equal(weights[k], same[k]) for k in weights)
+
+
 def test_a_cancelled_run_leaves_a_whole_checkpoint_and_no_adapter(tiny_base: Path, rows: Path, tmp_path: Path) -> None:
     run = run_recipe(cpt_spec(tiny_base), tmp_path, file=rows, ask_at=(2, "cancel"))
     assert run.outcome.ended == "cancel"
