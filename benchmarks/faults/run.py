@@ -26,6 +26,7 @@ from benchmarks.faults.inject import Fault, faults
 from benchmarks.faults.load import FINAL, PROMPT, Client, Follower, Generator, Ledger, Sent, start
 from benchmarks.faults.parts import ALL_PARTS, RECONCILE, Site
 from benchmarks.faults.watch import Watcher
+from service.jobs import repository
 from tests.recipes import texts
 
 READY_SECONDS, QUIET_SECONDS = 120.0, 900.0
@@ -143,25 +144,40 @@ def upload(here: Site) -> str:
 
 def undisturbed(here: Site, client: Client) -> tuple[dict[str, Any], dict[str | None, str]]:
     """Run one job of each role alone: what they come to, and what base and adapters answer."""
-    client.chain("ref", ["cpt", "ift", "export-lora", "export-merged_16bit"])
-    deadline = time.monotonic() + 1200
-    for sent in client.ledger.sent:
-        while status_of(here, sent) not in FINAL:
-            if time.monotonic() > deadline:
-                raise SystemExit("the undisturbed jobs did not end:\n" + parts.logs(here))
-            time.sleep(1)
     db = here.database()
-    reference = {s.role: checks.outcome(db, here, s.job_id or "") for s in client.ledger.sent}
+    for n in range(1, 4):
+        name, first = f"ref{n}", len(client.ledger.sent)
+        client.chain(name, ["cpt", "ift", "export-lora", "export-merged_16bit"])
+        sent = client.ledger.sent[first:]
+        wait_until_final(here, sent)
+        with db.read() as session:
+            runs = [len(repository.runs(session, s.job_id or "")) for s in sent]
+        if runs == [1, 1, 1, 1]:
+            break
+        say(f"{name} was disturbed, by a machine too busy for its heartbeats: {runs} runs")
+    else:
+        raise SystemExit("no undisturbed reference:\n" + parts.logs(here))
+    reference = {s.role: checks.outcome(db, here, s.job_id or "") for s in sent}
     db.dispose()
-    if not all(r["weights"] for r in reference.values()) or len(reference) < 4:
+    if not all(r["weights"] for r in reference.values()):
         raise SystemExit("the undisturbed jobs failed:\n" + parts.logs(here))
     known: dict[str | None, str] = {}
-    for adapter in (None, "ref", "ref-chat"):
+    for adapter in (None, name, f"{name}-chat"):
         body = {"adapter": adapter, "prompt": PROMPT, "max_new_tokens": 48, "temperature": 0}
         answer = here.http.post(f"{here.url}/generate", json=body, timeout=60)
         answer.raise_for_status()
         known[adapter] = answer.json()["text"]
     return reference, known
+
+
+def wait_until_final(here: Site, jobs: list[Sent], seconds: float = 1200) -> None:
+    """Raises SystemExit if they do not end."""
+    deadline = time.monotonic() + seconds
+    for sent in jobs:
+        while status_of(here, sent) not in FINAL:
+            if time.monotonic() > deadline:
+                raise SystemExit("the undisturbed jobs did not end:\n" + parts.logs(here))
+            time.sleep(1)
 
 
 def status_of(here: Site, sent: Sent) -> str:
