@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -26,6 +26,7 @@ from service.files.service import sync_folder
 from service.jobs import repository
 from service.locks import exclusive
 from service.migrate import downgrade, head, known, revision_of, upgrade
+from service.models import Base
 from service.settings import Settings
 
 FOLDERS = ("files", "adapters", "jobs", "exports")
@@ -166,8 +167,11 @@ def _database(url: str, revision: str) -> None:
     upgrade(url, revision)
 
 
-def _reflect(connection: Connection) -> MetaData:
-    """The tables as they are in the database, whose revision need not be the models'."""
+def _reflect(connection: Connection, more: Iterable[str] = ()) -> MetaData:
+    """Our tables, and `more`, as they are in the database: its revision need not be the models'.
+
+    A database may have tables of others; those are not looked at.
+    """
     metadata = MetaData()
 
     @events.listens_for(metadata, "column_reflect")
@@ -175,8 +179,8 @@ def _reflect(connection: Connection) -> MetaData:
         if isinstance(column["type"], JSON):
             column["type"] = JSON(none_as_null=True)  # as in the models: None is no JSON null
 
-    names = [name for name in inspect(connection).get_table_names() if name != "alembic_version"]
-    metadata.reflect(connection, only=names)
+    ours = {*Base.metadata.tables, *more}
+    metadata.reflect(connection, only=sorted(ours.intersection(inspect(connection).get_table_names())))
     return metadata
 
 
@@ -184,7 +188,7 @@ def _fill(db: Database, settings: Settings, staging: Path, counts: dict[str, int
     """Put the rows in place of those that are there, and the folders in their places."""
     engine = db.engine.execution_options(lorry_write=True)
     with engine.begin() as connection:
-        metadata = _reflect(connection)
+        metadata = _reflect(connection, counts)
         if unknown := counts.keys() - metadata.tables.keys():
             raise BackupError(f"the backup has rows of tables that there are none of: {', '.join(sorted(unknown))}")
         for table in reversed(metadata.sorted_tables):

@@ -225,7 +225,14 @@ def test_a_restore_never_goes_over_what_is_there_unless_told(
         shutil.rmtree(elsewhere.data_dir / name)
     with pytest.raises(BackupError, match="database is not empty: it has rows in files"):
         restore(elsewhere, one)
+    engine = create_engine(elsewhere.sqlalchemy_url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE of_others (id INTEGER)")
+        connection.exec_driver_sql("INSERT INTO of_others VALUES (1)")
     restore(elsewhere, one, replace=True)
+    with engine.connect() as connection:
+        assert connection.exec_driver_sql("SELECT id FROM of_others").scalars().all() == [1]
+    engine.dispose()
     assert rows_of(elsewhere.sqlalchemy_url)["files"] == rows_of(filled.api.settings.sqlalchemy_url)["files"]
 
 

@@ -86,7 +86,7 @@ def test_a_path_cannot_write_lines_of_its_own(sqlite_api: Api, json_lines: Calla
 
 
 CRASH = """
-import logging, os, signal, sys
+import logging, os, signal, sys, warnings
 from pathlib import Path
 from service.logs import configure, hide, job_log, run_started
 from service.settings import Settings
@@ -94,6 +94,7 @@ from service.settings import Settings
 configure(Settings(), "worker")
 hide("secret-of-its-own")
 log = logging.getLogger("lorry.worker")
+warnings.warn("a library's warning", stacklevel=1)
 log.info("before")
 with job_log(Path(sys.argv[1]), job="job_1", attempt=2, run="run_2"):
     log.info(run_started("job_1", 2, "run_2"))
@@ -130,6 +131,7 @@ def crashed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_a_job_s_lines_go_to_its_log_and_with_their_ids_to_the_worker_s(crashed: tuple[Path, str]) -> None:
     path, said = crashed
     lines = [json.loads(line) for line in said.splitlines()]
+    assert lines.pop(0)["logger"] == "py.warnings"
     ids = [{k: line.get(k) for k in ("part", "job", "attempt", "run")} for line in lines]
     of_job = {"part": "worker", "job": "job_1", "attempt": 2, "run": "run_2"}
     assert ids == [{**of_job, "job": None, "attempt": None, "run": None}, of_job, of_job, of_job]
@@ -185,6 +187,23 @@ def test_a_job_whose_process_was_killed_says_why_over_http(api: Api) -> None:
     path.unlink()  # as retention does; the record stays
     kept = api.http.get(f"/v1/jobs/{job}/log").text.splitlines()
     assert kept == tails[2]
+
+
+@pytest.mark.parametrize(
+    ("status", "oom", "says"),
+    [
+        (9, False, "SIGKILL; if nobody did this, the kernel may have ended it for want of memory"),
+        (9, True, "SIGKILL for want of memory"),
+        (11, False, "SIGSEGV: a fault in native code"),
+        (15, True, "killed by SIGTERM"),
+        (3 << 8, False, "exit code 3"),
+        (None, False, "without a word"),
+    ],
+)
+def test_how_a_process_ended_is_said_in_words(status: int | None, oom: bool, says: str) -> None:
+    from worker.run import describe
+
+    assert says in describe(status, oom=oom)
 
 
 def test_up_writes_json_lines_alone_and_no_secret(tiny_base: Path, tmp_path: Path) -> None:
