@@ -120,7 +120,7 @@ settings = Settings()
 db, queue = Database(settings.sqlalchemy_url), JobQueue(settings.redis_url, settings.queue)
 print("ready", flush=True)
 sys.stdin.readline()
-for _ in range(12):
+for _ in range(16):
     reconcile(db, queue, settings)
     time.sleep(0.05)
 """
