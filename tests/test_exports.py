@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from service.errors import JobFailure
 from service.templates import StoredTemplate, render_generation
 from tests.export_kit import NF4, Exporter, Watcher, chat_template, make_adapter, quantized_copy
+from tests.recipes import chats, ift_spec, run_recipe
 from tests.tiny import BOS, EOS, make_tiny_base
 from worker import adapter_io
 from worker.export import folder as folders
@@ -29,6 +30,7 @@ from worker.export import template as templates
 from worker.export.interrupt import interruptible
 from worker.export.weights import BaseWeights
 from worker.outcome import Interrupted
+from worker.verify_math import mean_kl, next_token_logprobs
 
 BOTH = ["embed_tokens", "lm_head"]
 TRAINED_IN_4_BITS = {"dtype": "float32", "quantization_config": NF4.to_dict()}
@@ -327,3 +329,22 @@ def test_a_lora_export_names_its_base_as_the_world_knows_it(
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/base"
     assert "base_model: org/base" in (folder / "README.md").read_text()
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base_tied), folder)
+
+
+def test_what_was_trained_in_4_bits_is_what_the_export_says(tiny_base: Path, tmp_path: Path) -> None:
+    """From the training itself: what it records of its base is enough to give the same model back."""
+    training = {"max_steps": 3, "learning_rate": 0.01}
+    spec = ift_spec(tiny_base, model={"load_in_4bit": True}, training=training)
+    trained = run_recipe(spec, tmp_path / "train", file=chats(tmp_path / "chats.jsonl"))
+    done = Exporter(tmp_path, tiny_base)(trained.adapter, format="merged_16bit")
+    assert done.manifest["merged_into"]["weights"] == "dequantised nf4 of the base's weights, as in training"
+    fingerprint = trained.outcome.result["data_fingerprint"]
+    assert done.manifest["lineage"] == {"job": "job_x", "step": 3, "data_fingerprint": fingerprint}
+    row = json.loads((trained.adapter / adapter_io.PROBE).read_text())[0]
+    exported = next_token_logprobs(AutoModelForCausalLM.from_pretrained(done.folder, dtype=torch.float32), row)
+
+    def live(**options: Any) -> torch.Tensor:
+        base = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32, **options)
+        return next_token_logprobs(PeftModel.from_pretrained(base, trained.adapter), row)
+
+    assert mean_kl(live(quantization_config=NF4), exported) * 20 < mean_kl(live(), exported)
