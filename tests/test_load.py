@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
+from benchmarks.load import streams
 from service.files import service as files
 from service.files.form import read_form
 from service.jobs import repository
@@ -82,6 +84,18 @@ def test_followers_at_the_same_place_share_one_read_and_one_poller(api: Api) -> 
     metrics = httpx.get(f"{api.url}/metrics").text
     assert "lorry_event_followers 0.0" in metrics
     assert f"lorry_event_polls_total {float(hub.polls)}" in metrics
+
+
+def test_more_streams_than_there_is_room_for_are_told_when_to_come_again_and_all_end(
+    api: Api, engine: EngineServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = engine.engine.runner.forward
+    monkeypatch.setattr(engine.engine.runner, "forward", lambda step: (time.sleep(0.02), forward(step))[1])
+    clients = 100  # 16 run, 64 wait; all are there before the first are done, but on a very busy machine
+    out = asyncio.run(streams.all_at_once(api.url, clients, 16))
+    assert (out.finished, out.stuck, out.errors) == (clients, 0, 0)
+    assert out.blunt == 0, "every 503 says when to come again"
+    until(engine.idle)
 
 
 def test_what_a_feed_keeps_of_long_events_is_bounded_in_bytes(api: Api) -> None:

@@ -34,19 +34,21 @@ def main() -> None:
     parts.many_files()
     report = common.Report("load", common.wait_until_calm(arguments.calm))
     scale = 10 if arguments.quick else 1
-    for part in arguments.part or PARTS:
-        print(f"{part} …", file=sys.stderr, flush=True)
-        if part == "streams":
-            streams.measure(report, 500 // scale)
-        elif part == "jobs":
-            jobs.measure(report, 10_000 // scale)
-        elif part == "upload":
-            upload.measure(report, 1024 * 1024 * 1024 // scale)
-        elif part == "followers":
-            followers.measure(report, 1000 // scale)
-        else:
-            slow.measure(report, 200 // scale)
-    report.show()
+    try:
+        for part in arguments.part or PARTS:
+            print(f"{part} …", file=sys.stderr, flush=True)
+            if part == "streams":
+                streams.measure(report, 500 // scale)
+            elif part == "jobs":
+                jobs.measure(report, 10_000 // scale)
+            elif part == "upload":
+                upload.measure(report, 1024 * 1024 * 1024 // scale)
+            elif part == "followers":
+                followers.measure(report, 1000 // scale)
+            else:
+                slow.measure(report, 200 // scale)
+    finally:
+        report.show()
     missed = [row for row in report.rows if row["met"] is False]
     sys.exit(1 if missed else 0)
 
