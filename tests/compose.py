@@ -203,7 +203,7 @@ class Project:
         deadline = time.monotonic() + limit
         while not self._holds(name, condition):
             assert time.monotonic() < deadline, f"{name}: not {condition} in {limit:g} s:\n{self.log(name)[-3000:]}"
-            time.sleep(0.1)
+            time.sleep(0.5 if condition == "service_healthy" else 0.05)  # a health check is a process of its own
 
     def _holds(self, name: str, condition: str) -> bool:
         statuses = [p.poll() for p in self.processes[name]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,13 +20,12 @@ import pytest
 from service.settings import Settings
 from tests.compose import FILE, ROOT, Project, in_order, load, seconds, selected, variables_of
 from tests.recipes import TRAINING, texts
-from tests.tiny import make_tiny_base
 
 KEY = "a key of ours: käse"
 
 
 @pytest.fixture(scope="module")
-def project() -> Iterator[Project]:
+def project(tiny_base: Path) -> Iterator[Project]:
     """The file's profile `cpu`, up, with the tiny model as base and two workers."""
     # Not under pytest's own folder, which Postgres' user may not enter.
     with tempfile.TemporaryDirectory(prefix="lorry-compose-", ignore_cleanup_errors=True) as folder:
@@ -38,7 +38,7 @@ def project() -> Iterator[Project]:
             "LORRY_TORCH_THREADS": "1",
         }
         project = Project(root, variables, {"cpu"})
-        make_tiny_base(project.volume("data") / "models" / "tiny")
+        shutil.copytree(tiny_base, project.volume("data") / "models" / "tiny")
         try:
             project.up(scale={"worker-cpu": 2})
             yield project
@@ -66,6 +66,7 @@ def until(
         time.sleep(0.2)
 
 
+@pytest.mark.timeout(1200)  # with its fixture: all parts started, two jobs
 def test_all_parts_come_up_and_a_job_goes_through_to_its_export_and_its_text(
     project: Project, http: httpx.Client, tmp_path: Path
 ) -> None:
