@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import gc
 import importlib
 import logging
 import os
@@ -126,6 +127,9 @@ def execute(db: Database, queue: JobQueue, settings: Settings, row: JobRow, prog
     }
     context = Context(paths=paths, progress=progress, settings=settings, about=about, token=token)
     recipe = importlib.import_module(RECIPES[row.kind])
+    # What was imported stays. Without this each full collection, of which Unsloth asks for many, walks half a million
+    # objects and holds the interpreter meanwhile, and the heartbeat with it.
+    gc.freeze()
     outcome: Outcome = recipe.run(spec, context)
     return outcome
 
