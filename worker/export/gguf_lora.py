@@ -126,7 +126,7 @@ def read_back(
             problems.append(f"{file.name}: tensors in {', '.join(report['tensor_types'])}, asked for {method}")
         if not kl <= LIMIT:
             problems.append(f"{file.name}: mean KL {kl:.3g} over the limit {LIMIT:g}")
-        problems += [f"{file.name}: {problem}" for problem in gguf.carried_problems(carried)]
+        problems += [f"{file.name}: {problem}" for problem in gguf.carried_problems(carried, kl, expected.effect)]
         step(number + 1, len(spec.methods))
     return {"reader": f"llama.cpp ({tools.reader})", "files": reports, "problems": problems}
 
