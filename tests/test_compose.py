@@ -274,3 +274,13 @@ def test_a_variable_goes_before_a_secret_file(tmp_path: Path, monkeypatch: pytes
     assert Settings().api_key == "from the environment"
     monkeypatch.setenv("LORRY_SECRETS_DIR", str(tmp_path / "missing"))
     assert Settings().port == Settings.model_fields["port"].default
+
+
+def test_a_hub_token_among_the_secrets_is_the_servers_own(tmp_path: Path) -> None:
+    (tmp_path / "hf_token").write_text("hf_from_the_file\n")
+    code = "import os; from service.cli import main; main(['settings']); print(os.environ['HF_TOKEN'])"
+    env = {"PYTHONPATH": str(ROOT), "LORRY_SECRETS_DIR": str(tmp_path)}
+    for given, expected in (({}, "hf_from_the_file"), ({"HF_TOKEN": "hf_variable"}, "hf_variable")):
+        out = subprocess.run([sys.executable, "-c", code], env=env | given, check=True, capture_output=True, text=True)
+        assert out.stdout.splitlines()[-1] == expected
+        assert "hf_from_the_file" not in "".join(out.stdout.splitlines()[:-1])
