@@ -139,6 +139,27 @@ def test_the_engine_s_open_requests_end_with_an_error_at_a_second_signal(slow_en
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "shutting_down")
 
 
+def test_requests_are_answered_though_the_engine_s_step_does_not_end(slow_engine: EngineServer) -> None:
+    slow_engine.server.grace, slow_engine.server.config.timeout_graceful_shutdown = 0.1, 1
+    gate, forward = threading.Event(), slow_engine.engine.runner.forward
+    body = {"model": slow_engine.base, "prompt": "x", "max_tokens": 200, "ignore_eos": True}
+    lines: list[str] = []
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            stream = pool.submit(lines_of, slow_engine.url, {**body, "stream": True}, lines, path="/v1/completions")
+            whole = pool.submit(httpx.post, f"{slow_engine.url}/v1/completions", json=body, timeout=90)
+            until(lambda: len(lines) > 1 and len(slow_engine.engine.scheduler.running) == 2)
+            slow_engine.engine.runner.forward = lambda step: (gate.wait(120), forward(step))[1]
+            slow_engine.server.handle_exit(signal.SIGTERM, None)
+            stream.result(timeout=60)
+            answer = whole.result(timeout=60)
+        finally:
+            gate.set()
+    assert json.loads(lines[-4].removeprefix("data: "))["error"]["code"] == "shutting_down"
+    assert lines[-2:] == ["data: [DONE]", ""]
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "shutting_down")
+
+
 def test_a_process_that_waits_for_something_is_ended_all_the_same() -> None:
     code = """
 import threading
