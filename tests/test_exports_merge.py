@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from service.errors import JobFailure
 from tests.export_kit import NF4, make_adapter, peft_merged, quantized_copy
+from tests.hub_server import User, serve_hub
 from tests.tiny import make_tiny_base
 from worker import adapter_io
 from worker.export import plan as plans
@@ -178,3 +179,30 @@ def test_values_beyond_16_bits_are_refused(tmp_path: Path) -> None:
     adapter = make_adapter(base, tmp_path / "adapter", size=300.0)
     with pytest.raises(JobFailure, match="beyond the range of float16"):
         merge(base, adapter, tmp_path / "out")
+
+
+def test_a_base_is_read_from_a_hub_at_its_revision(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sharded = tmp_path / "sharded"
+    AutoModelForCausalLM.from_pretrained(tiny_base).save_pretrained(sharded, max_shard_size="100KB")
+    files = {p.name: p.read_bytes() for p in sharded.iterdir()}
+    with serve_hub() as hub:
+        hub.users["hf_ada"] = User("ada")
+        repo = hub.make("ada/base", **files)
+        revision = repo.at("main")[0]  # type: ignore[index]
+        repo.commit("main", {}, "all gone")
+        where = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", where)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        base = open_base("ada/base", revision=revision, token="hf_ada")
+        with pytest.raises(JobFailure, match="ada/base") as failure:
+            open_base("ada/base", revision=None, token="hf_ada")
+    assert failure.value.code == "model_not_found"
+    local = open_base(str(tiny_base), revision=None, token=None)
+    assert (base.commit, local.commit) == (revision, None)
+    assert base.tensors.keys() == local.tensors.keys()
+    assert len({t.file for t in base.tensors.values()}) > 1
+    cpu = torch.device("cpu")
+    assert [name for name in local.tensors if not torch.equal(base.read(name, cpu), local.read(name, cpu))] == []
+    assert (base.folder / "generation_config.json").is_file()

@@ -87,6 +87,7 @@ def open_source(spec: ExportSpec, context: Context, adapter: Path, about: dict[s
             "weights": weights,
             "base": spec.base or about["base"],
             "revision": revision,
+            **({"commit": base.commit} if base.commit else {}),
             "dtype": str(base.dtype).removeprefix("torch."),
         },
         place=load.place(parameters, base.dtype if base.dtype in HALF else torch.bfloat16),

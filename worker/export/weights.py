@@ -45,6 +45,14 @@ class BaseWeights:
         self._open: tuple[Path, Any] | None = None
 
     @property
+    def commit(self) -> str | None:
+        """The commit that a hub id's files are of."""
+        from transformers.utils.hub import extract_commit_hash
+
+        commit: str | None = extract_commit_hash(str(self.folder / "config.json"), None)
+        return commit
+
+    @property
     def quantized(self) -> bool:
         return any(t.parts for t in self.tensors.values())
 
