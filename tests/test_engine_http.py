@@ -396,7 +396,7 @@ sys.exit(server.run(engine, settings))
         except httpx.HTTPError:
             return False
 
-    until(up, 60)
+    until(up, 180)  # importing torch takes most of a minute on a machine that is busy enough
     return started
 
 
