@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.faults.parts import TIMEOUT, Part, Site
+from benchmarks.faults.parts import SHUTDOWN, TIMEOUT, Part, Site
 
 Act = Callable[[Site, random.Random, bool], str]
 
@@ -71,8 +71,15 @@ def target(here: Site, rng: random.Random, name: str) -> Part:
 
 def _to_part(name: str, number: int) -> Act:
     def act(here: Site, rng: random.Random, short: bool) -> str:
+        """Over when that process has ended: until then the old one may still answer."""
         part = target(here, rng, name)
-        return part.name if part.signal(number) else ""
+        process = part.process
+        if process is None or not part.signal(number):
+            return ""
+        deadline = time.monotonic() + SHUTDOWN + 30
+        while part.process is process and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return part.name
 
     return act
 
