@@ -125,9 +125,11 @@ def prove_tokenizer(file: Path, form: str, tokenizer: Any, texts: list[str], too
 
 def stored_type(folder: Path) -> str:
     """f32, f16 or bf16: the type of a transformers folder's matrices. Raises JobFailure("unsupported") for others."""
-    with safe_open(next(iter(sorted(folder.glob("*.safetensors")))), framework="pt") as file:
-        slices = [file.get_slice(key) for key in file.keys()]  # noqa: SIM118
-    types = {s.get_dtype() for s in slices if len(s.get_shape()) > 1}
+    types: set[str] = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            slices = [file.get_slice(key) for key in file.keys()]  # noqa: SIM118
+            types |= {s.get_dtype() for s in slices if len(s.get_shape()) > 1}
     for dtype in ("F32", "BF16", "F16"):
         if dtype in types:
             return dtype.lower()

@@ -96,7 +96,7 @@ def run(command: str, request: dict[str, Any], tools: Tools) -> list[dict[str, A
         err.seek(0)
         if child.returncode != 0:
             raise _failure(command, child.returncode, err.read().decode("utf-8", "replace"))
-        return [json.loads(line) for line in out.read().decode().splitlines() if line.startswith("{")]
+        return [json.loads(line) for line in out]
 
 
 def _failure(command: str, status: int, text: str) -> JobFailure:

@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 
 UNSUPPORTED = 3
 Request = dict[str, Any]
+_results = sys.stdout
 
 # The regular expressions by which byte-level BPE tokenizers split text first, and llama.cpp's names for them.
 _DIGITS = {"type": "Digits", "individual_digits": True}
@@ -30,7 +31,7 @@ _SPLIT = (
 
 
 def say(**values: Any) -> None:
-    print(json.dumps(values), flush=True)
+    print(json.dumps(values), file=_results, flush=True)
 
 
 def refuse(message: str) -> NoReturn:
@@ -269,6 +270,10 @@ COMMANDS = {
 def main() -> None:
     # The worker's child that started this one may be killed: nobody else would end it then.
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    global _results
+    # The libraries write to the standard output, too: that goes where errors go.
+    _results = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     COMMANDS[sys.argv[1]](json.load(sys.stdin))
 
 
