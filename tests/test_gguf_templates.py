@@ -160,3 +160,5 @@ def test_a_modelfile_says_what_it_cannot_say(tiny_base: Path, tmp_path: Path) ->
     text = write_modelfile(file, TEMPLATES["llama-3"](tiny_base), None).read_text()
     assert text.startswith("# ollama create NAME -f a-Q8_0.Modelfile\nFROM ./a-Q8_0.gguf\nTEMPLATE ")
     assert 'PARAMETER stop "<|eot_id|>"\nPARAMETER stop "<|eos|>"\n' in text
+    text = write_modelfile(file, chat_template(tiny_base, stop=["<|eos|>", '"\n']), None).read_text()
+    assert 'PARAMETER stop "<|eos|>"\nPARAMETER stop """"\n"""\n' in text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +102,11 @@ def go_template(template: StoredTemplate) -> str | None:
     return None if go is None or "{{" in plain or '"""' in go else go
 
 
+def _quoted(text: str) -> str:
+    """A Modelfile knows no escapes: three quotes where one would end early."""
+    return f'"""{text}"""' if '"' in text or "\n" in text else f'"{text}"'
+
+
 def write_modelfile(file: Path, template: StoredTemplate, context: int | None, *, lora: bool = False) -> Path:
     """Write <file's stem>.Modelfile beside a GGUF file; returns its path. `context`: num_ctx, in tokens."""
     lines = [f"# ollama create NAME -f {file.stem}.Modelfile"]
@@ -126,7 +130,7 @@ def write_modelfile(file: Path, template: StoredTemplate, context: int | None, *
             *(f"#   {line}" for line in (template.prompt or "").splitlines()),
             'TEMPLATE """{{ .Prompt }}"""',
         ]
-    lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in template.stop]
+    lines += [f"PARAMETER stop {_quoted(stop)}" for stop in template.stop]
     if context:
         lines.append(f"PARAMETER num_ctx {context}")
     path = file.with_name(f"{file.stem}.Modelfile")
