@@ -239,8 +239,9 @@ def _comparison(expected: Reference, sums: list[dict[str, Any]], answers: list[l
 def carried(sums: list[dict[str, Any]]) -> float | None:
     """How much of the adapter's effect on the log-probabilities a file has: its regression coefficient.
 
-    1 for the adapter, 0 for its base, and about that under rounding, whose errors have nothing to do with the effect:
-    what a limit on the distance cannot tell when the adapter does little. None for an adapter without effect.
+    1 for the adapter, 0 for its base, and about that under rounding, whose errors have little to do with the effect: what
+    a limit on the distance cannot tell when the adapter does little. A base whose weights lie on the grid that is rounded
+    to is the exception: rounding then undoes small updates, and so it should be told. None without an effect.
     """
     norm = sum(line.get("norm", 0.0) for line in sums)
     return sum(line.get("dot", 0.0) for line in sums) / norm if norm > 1e-12 else None
