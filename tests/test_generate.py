@@ -316,7 +316,9 @@ def test_an_engine_that_breaks_off_ends_the_stream_with_an_error_event(
             assert data["error"]["code"] == "engine_failed"
             assert "the device is gone" in data["error"]["message"]
             after = api.http.post("/generate", json={"prompt": "x"})
-            assert (after.status_code, after.json()["error"]["code"]) == (503, "engine_failed")
+            # It still says so, or has gone already: an engine that failed ends for its supervisor.
+            assert after.status_code == 503
+            assert after.json()["error"]["code"] in ("engine_failed", "engine_unavailable")
 
 
 def test_an_adapter_of_another_base_is_409(stack: Stack, folders: dict[str, Path], tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from tests.recipes import TRAINING, cpt_spec, texts
 from tests.worker_kit import Host
 from worker import hub as pushing
 from worker import tasks
+from worker.progress import POLL_SECONDS
 
 TOKEN, FOREIGN = "hf_OnlyAdaHasThisOne0123456789", "hf_NobodyGaveThisOneOut"
 
@@ -209,6 +210,7 @@ def test_a_cancel_while_it_is_pushed_leaves_nothing(host: Host, hub: Hub, traine
         with host.db.read() as session:
             found, _ = repository.list_page(session, kind="export", status="running", limit=1, after=None)
         jobs.cancel(host.db, host.queue, found[0].id)
+        time.sleep(4 * POLL_SECONDS)  # the run asks at most so often; this request is longer
 
     hub.when("POST .*/ada/no/preupload/", cancel)
     row = run(host, {**EXPORT, "push_to_hub": {"repo_id": "ada/no"}})
