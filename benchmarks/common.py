@@ -95,7 +95,7 @@ def queue_server(where: Path) -> Iterator[str]:
 
     data = where / "valkey"
     data.mkdir()
-    server = ValkeyServer(data_dir=data, persist=True, appendonly="yes")
+    server = ValkeyServer(port=free_port(), data_dir=data, persist=True, appendonly="yes")
     server.start()
     try:
         yield f"redis://127.0.0.1:{server.port}/0"
