@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Generic, Literal, TypeVar
 
-from fastapi import Query
+from fastapi import Header, Query
 from pydantic import BaseModel, Field
 
 T = TypeVar("T")
@@ -42,4 +42,8 @@ Limit = Annotated[int, Query(ge=1, le=100, description="At most this many items.
 After = Annotated[
     str | None,
     Query(pattern=r"^[A-Za-z0-9._-]{1,128}$", description="Cursor: the `next` of the page before."),
+]
+IdempotencyKey = Annotated[
+    str | None,
+    Header(min_length=1, max_length=255, description="The same key and body give the same job, another body 409."),
 ]

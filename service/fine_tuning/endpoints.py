@@ -7,7 +7,7 @@ import hashlib
 import re
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Header, Path, Query, Request
+from fastapi import APIRouter, Path, Query, Request
 from pydantic import BaseModel, Field
 
 from service.adapters.service import resolve
@@ -22,10 +22,10 @@ from service.json_body import Storable
 from service.models import JobRow
 from service.settings import Settings
 from service.specs import IftSpec
+from service.wire import IdempotencyKey, Limit
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["openai"])
 JobId = Annotated[str, Path(max_length=64, description="The job's id.")]
-Limit = Annotated[int, Query(ge=1, le=100, description="At most this many items.")]
 _EVENT_ID = re.compile(r"ftevent-(?P<job>job_[0-9a-f]+)-(?P<seq>[0-9]{1,9})")
 _METADATA = re.compile(r"metadata\[(.{1,64})\]")
 
@@ -46,10 +46,7 @@ def create(
     db: DbDep,
     queue: QueueDep,
     settings: SettingsDep,
-    idempotency_key: Annotated[
-        str | None,
-        Header(min_length=1, max_length=255, description="The same key and body give the same job, another body 409."),
-    ] = None,
+    idempotency_key: IdempotencyKey = None,
 ) -> dict[str, Any]:
     """Instruction tuning of a base model or of an adapter on rows of `messages`, trained on the answers alone.
 

@@ -18,7 +18,7 @@ from service.jobs.tar import Tar
 from service.json_body import Storable
 from service.specs import CptSpec, ExportSpec, IftSpec
 from service.sse import EventStream
-from service.wire import After, Limit, Page
+from service.wire import After, IdempotencyKey, Limit, Page
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 JobId = Annotated[str, Path(description="Id of a job, job_….")]
@@ -33,10 +33,7 @@ def create(
     db: DbDep,
     queue: QueueDep,
     settings: SettingsDep,
-    idempotency_key: Annotated[
-        str | None,
-        Header(min_length=1, max_length=255, description="The same key and body give the same job, another body 409."),
-    ] = None,
+    idempotency_key: IdempotencyKey = None,
     x_hf_token: Annotated[
         str | None,
         Header(min_length=1, max_length=512, description="Hub token, held only until the job ends and never shown."),
