@@ -25,7 +25,6 @@ from service.db import Database
 from service.engine_client import EngineClient
 from service.errors import BadRequest, InsufficientStorage, Invalid, LorryError, Unavailable, UnsupportedMedia
 from service.files import endpoints as files
-from service.files.service import drop_unfinished
 from service.fine_tuning import endpoints as fine_tuning
 from service.generate import endpoints as generate
 from service.jobs import endpoints as jobs
@@ -82,7 +81,6 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     url = settings.sqlalchemy_url
     if not await asyncio.to_thread(is_current, url):
         raise RuntimeError("the database is not at the newest migration: run `lorry migrate`")
-    await asyncio.to_thread(drop_unfinished, settings)
     app.state.db = db = Database(url)
     app.state.queue = queue = JobQueue(settings.redis_url, settings.queue)
     app.state.engine = engine = EngineClient(settings)

@@ -12,6 +12,8 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.pool import NullPool
 
+UP_LOCK = ".lorry-up.lock"  # in the data folder, held by the `lorry up` that runs there
+
 
 @contextmanager
 def exclusive(url: str, name: str, *, wait: bool = True) -> Iterator[bool]:

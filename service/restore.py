@@ -24,7 +24,7 @@ from service.backup import FORMAT, pins
 from service.db import Database
 from service.files.service import sync_folder
 from service.jobs import repository
-from service.locks import exclusive
+from service.locks import UP_LOCK, exclusive
 from service.migrate import downgrade, head, known, revision_of, upgrade
 from service.models import Base
 from service.settings import Settings
@@ -110,7 +110,7 @@ def _acceptable(reader: Reader) -> None:
 @contextmanager
 def _stopped(settings: Settings) -> Iterator[None]:
     """Raises BackupError if `lorry up` runs on the data folder."""
-    with open(settings.data_dir / ".lorry-up.lock", "w") as lock:
+    with open(settings.data_dir / UP_LOCK, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -187,25 +187,33 @@ def _reflect(connection: Connection, more: Iterable[str] = ()) -> MetaData:
 def _fill(db: Database, settings: Settings, staging: Path, counts: dict[str, int]) -> None:
     """Put the rows in place of those that are there, and the folders in their places."""
     engine = db.engine.execution_options(lorry_write=True)
-    with engine.begin() as connection:
-        metadata = _reflect(connection, counts)
-        if unknown := counts.keys() - metadata.tables.keys():
-            raise BackupError(f"the backup has rows of tables that there are none of: {', '.join(sorted(unknown))}")
-        for table in reversed(metadata.sorted_tables):
-            connection.execute(table.delete())
-        for table in metadata.sorted_tables:
-            for some in _batches(staging / "rows" / f"{table.name}.jsonl"):
-                for row in some:
-                    if row.get("path") and table.name in ("adapters", "checkpoints"):
-                        row["path"] = str(_inside(settings, row["path"]))
-                connection.execute(table.insert(), some)
-        for name in FOLDERS:
-            target = settings.data_dir / name
-            if target.exists():
-                os.replace(target, staging / f"{name}.replaced")
-            if (staging / name).exists():
-                os.replace(staging / name, target)
-        sync_folder(settings.data_dir)
+    moved: list[tuple[Path, Path]] = []
+    try:
+        with engine.begin() as connection:
+            metadata = _reflect(connection, counts)
+            if unknown := counts.keys() - metadata.tables.keys():
+                raise BackupError(f"the backup has rows of tables that there are none of: {', '.join(sorted(unknown))}")
+            for table in reversed(metadata.sorted_tables):
+                connection.execute(table.delete())
+            for table in metadata.sorted_tables:
+                for some in _batches(staging / "rows" / f"{table.name}.jsonl"):
+                    for row in some:
+                        if row.get("path") and table.name in ("adapters", "checkpoints"):
+                            row["path"] = str(_inside(settings, row["path"]))
+                    connection.execute(table.insert(), some)
+            for name in FOLDERS:
+                target = settings.data_dir / name
+                for old, new in ((target, staging / f"{name}.replaced"), (staging / name, target)):
+                    if old.exists():
+                        os.replace(old, new)
+                        moved.append((old, new))
+            sync_folder(settings.data_dir)
+    except (
+        BaseException
+    ):  # a folder that cannot be moved, or a commit that fails: the rows are as they were, so the files
+        for old, new in reversed(moved):
+            os.replace(new, old)
+        raise
 
 
 def _inside(settings: Settings, place: str) -> Path:

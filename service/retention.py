@@ -62,7 +62,7 @@ class Pruned:
     """What a pass did."""
 
     gone: list[Item] = field(default_factory=list)
-    kept: list[Item] = field(default_factory=list)  # something came to need it between the look and the deed
+    kept: list[Item] = field(default_factory=list)  # needed by something since the look, or not to be removed
 
     @property
     def bytes(self) -> int:
@@ -78,7 +78,12 @@ def prune(db: Database, settings: Settings, *, stop: Callable[[], bool] = lambda
         for item in plan(db, settings):
             if stop():
                 break
-            (report.gone if remove(db, settings, item) else report.kept).append(item)
+            try:
+                gone = remove(db, settings, item)
+            except OSError as error:  # one file that cannot be removed must not keep all behind it
+                log.warning("could not remove %s %s: %s", item.kind, item.ref, error)
+                gone = False
+            (report.gone if gone else report.kept).append(item)
         if report.gone:
             log.info("let go of %d things, %d bytes", len(report.gone), report.bytes)
         return report

@@ -23,6 +23,7 @@ from types import FrameType
 
 import httpx
 
+from service.locks import UP_LOCK
 from service.logs import configure, part_line
 from service.migrate import upgrade
 from service.settings import Settings
@@ -288,7 +289,7 @@ def _kill(pid: int) -> None:
 
 @contextmanager
 def _only_one(folder: Path) -> Iterator[None]:
-    with open(folder / ".lorry-up.lock", "w") as lock:
+    with open(folder / UP_LOCK, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

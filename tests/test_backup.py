@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -236,6 +237,29 @@ def test_a_restore_never_goes_over_what_is_there_unless_told(
     assert rows_of(elsewhere.sqlalchemy_url)["files"] == rows_of(filled.api.settings.sqlalchemy_url)["files"]
 
 
+def test_a_restore_that_cannot_put_a_folder_in_its_place_changes_nothing(
+    made: Path, plain: Filled, empty: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    restore(empty, made)
+    uploads = tree(empty.files_dir)
+    other = backup(plain.api.settings, tmp_path / "exports-too", exports=True)
+    assert other.missing == []
+    before = rows_of(empty.sqlalchemy_url)
+    replace = os.replace
+
+    def busy(source: Any, target: Any) -> None:
+        if Path(target) == empty.exports_dir:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        replace(source, target)
+
+    monkeypatch.setattr("service.restore.os.replace", busy)
+    with pytest.raises(OSError, match="busy"):
+        restore(empty, tmp_path / "exports-too", replace=True)
+    monkeypatch.undo()
+    assert rows_of(empty.sqlalchemy_url) == before
+    assert tree(empty.files_dir) == uploads
+
+
 def damage(kind: str, made: Path) -> None:
     manifest = json.loads((made / "manifest.json").read_text())
     files = [f["path"] for f in manifest["files"]]
@@ -339,6 +363,7 @@ def test_a_backup_is_of_one_moment_while_files_come_and_go(filled: Filled, tmp_p
             for line in (tmp_path / f"{number}/rows/files.jsonl").open():
                 row = json.loads(line)
                 assert f"files/{row['id']}.{row['filename'].rpartition('.')[2]}" in places
+        assert all(thread.is_alive() for thread in threads), "nothing came and went any more"
     finally:
         end.set()
         for thread in threads:

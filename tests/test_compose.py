@@ -100,17 +100,23 @@ def test_all_parts_come_up_and_a_job_goes_through_to_its_export_and_its_text(
     with http.stream("POST", "/generate", json=body) as answer:
         events = [line for line in answer.iter_lines() if line.startswith("event:")]
     assert events[-1] == "event: done", (events, project.log("engine-cpu")[-3000:])
-
-
-def test_every_metric_of_the_dashboards_is_one_that_api_or_engine_shows(project: Project, http: httpx.Client) -> None:
-    # As Prometheus asks: the API with its key, the engine without.
-    text = http.get("/metrics").text + httpx.get(f"{project.url('engine')}/metrics", trust_env=False).text
-    families = dict(re.findall(r"^# TYPE (\w+) (\w+)$", text, flags=re.MULTILINE))
-    suffixes = {"histogram": ("_bucket", "_sum", "_count"), "summary": ("_sum", "_count")}
-    shown = {name + suffix for name, kind in families.items() for suffix in suffixes.get(kind, ("",))}
+    # What came of it can be told apart by the labels that the dashboards use.
+    text = metrics_of(project, http)
     labels = {"lorry_engine_requests_total": {"adapter", "finish_reason"}, "lorry_jobs": {"kind", "status"}}
     for metric, names in labels.items():
         assert set(re.findall(r"(\w+)=", re.findall(rf"^{metric}\{{(.*)\}}", text, flags=re.MULTILINE)[0])) == names
+
+
+def metrics_of(project: Project, http: httpx.Client) -> str:
+    """As Prometheus asks: the API with its key, the engine without."""
+    return http.get("/metrics").text + httpx.get(f"{project.url('engine')}/metrics", trust_env=False).text
+
+
+def test_every_metric_of_the_dashboards_is_one_that_api_or_engine_shows(project: Project, http: httpx.Client) -> None:
+    text = metrics_of(project, http)
+    families = dict(re.findall(r"^# TYPE (\w+) (\w+)$", text, flags=re.MULTILINE))
+    suffixes = {"histogram": ("_bucket", "_sum", "_count"), "summary": ("_sum", "_count")}
+    shown = {name + suffix for name, kind in families.items() for suffix in suffixes.get(kind, ("",))}
     dashboards = sorted((ROOT / "deploy" / "grafana" / "dashboards").glob("*.json"))
     assert len(dashboards) == 2
     for path in dashboards:

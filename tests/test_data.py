@@ -399,6 +399,22 @@ def test_another_upload_can_be_what_is_evaluated_on(tokenizer: Any, tmp_path: Pa
     assert (data.report["train_rows"], data.report["eval_rows"]) == (4, 3)
 
 
+@pytest.mark.parametrize("max_samples", [None, 3])
+def test_a_text_beside_an_evaluation_upload_is_counted_whole(
+    tokenizer: Any, tmp_path: Path, max_samples: int | None
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"word{n}" for n in range(400)))
+    held = upload(tmp_path, [{"text": "short"}], "held.jsonl")
+    spec = data_spec("cpt", {"prompt": "{text}"}, test_size=..., eval_file_id="file_2", max_samples=max_samples)
+    report = prepare(spec, tokenizer, file=text, eval_file=held).report
+    alone = prepare(data_spec("cpt", {"prompt": "{text}"}, max_samples=max_samples), tokenizer, file=text).report
+    assert report["longest"] == alone["longest"] > 64
+    assert report["rows"] == alone["rows"] + 1
+    assert report["train_rows"] == alone["train_rows"]
+    assert max_samples in (None, report["train_rows"])
+
+
 def test_a_bad_row_of_the_evaluation_upload_is_named_as_its(tokenizer: Any, tmp_path: Path) -> None:
     rows = upload(tmp_path, [{"text": "fine"}] * 3)
     held = upload(tmp_path, [{"text": "fine"}, {"text": ""}], "held.jsonl")

@@ -125,6 +125,16 @@ def test_the_list_has_every_training_job_and_narrows_by_metadata(api: Api, clien
         client.fine_tuning.jobs.retrieve(export)
 
 
+@pytest.mark.parametrize("key", ['a"b', "a\\b", "a,{b}", "a.b[0]", "$", "'"])
+def test_any_key_of_the_metadata_narrows_the_list(api: Api, client: openai.OpenAI, file: str, key: str) -> None:
+    value = unique()
+    made = client.fine_tuning.jobs.create(model=base(api), training_file=file, metadata={key: value}).id
+    found: Any = client.fine_tuning.jobs.list(metadata={key: value})
+    assert [job.id for job in found] == [made]
+    other: Any = client.fine_tuning.jobs.list(metadata={key: value, "none": "\0"})
+    assert list(other) == []
+
+
 def test_a_request_sent_again_with_its_key_is_the_same_job(api: Api, client: openai.OpenAI, file: str) -> None:
     headers = {"Idempotency-Key": unique()}
     first, second = (
@@ -144,6 +154,7 @@ def test_a_request_sent_again_with_its_key_is_the_same_job(api: Api, client: ope
         ({"suffix": "a b"}, 422, "suffix"),
         ({"seed": -1}, 422, "seed"),
         ({"hyperparameters": {"n_epochs": 0}}, 422, "hyperparameters.n_epochs"),
+        ({"hyperparameters": {"learning_rate_multiplier": 1e-321}}, 422, "hyperparameters.learning_rate_multiplier"),
         ({"hyperparameters": {"epochs": 1}}, 422, "hyperparameters.epochs"),
         ({"method": {"type": "dpo"}}, 422, "method.type"),
         ({"method": {"type": "supervised"}, "hyperparameters": {}}, 422, "hyperparameters"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -39,7 +38,6 @@ def begun(db: Database, settings: Settings, spec: dict[str, object]) -> tuple[Jo
         claimed = repository.claim(session, row.id, run_id, "here")
         assert claimed is not None
         assert repository.transition(session, row.id, ["preparing"], "running", run_id=run_id)
-        repository.own(session, row.id, run_id, heartbeat_at=time.time() + 3600)
     return claimed, run_id
 
 

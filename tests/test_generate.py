@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -280,9 +281,21 @@ def test_a_full_queue_is_503_and_a_client_that_leaves_frees_its_place(
 
 def test_a_client_that_leaves_a_json_answer_frees_its_place(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     forward = stack.engine.engine.runner.forward
-    monkeypatch.setattr(stack.engine.engine.runner, "forward", lambda step: (time.sleep(0.3), forward(step))[1])
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{stack.api.url}/generate", json={"prompt": "x", "max_new_tokens": 250}, timeout=0.5)
+    began: list[Any] = []
+
+    def slow(step: Any) -> Any:
+        began.append(step)
+        time.sleep(0.3)
+        return forward(step)
+
+    monkeypatch.setattr(stack.engine.engine.runner, "forward", slow)
+    body = {"prompt": "x", "max_new_tokens": 250, "temperature": 0}
+    host, _, port = stack.api.url.removeprefix("http://").partition(":")
+    content = json.dumps(body).encode()
+    head = f"Host: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    with socket.create_connection((host, int(port))) as client:
+        client.sendall(f"POST /generate HTTP/1.1\r\n{head}".encode() + content)
+        until(lambda: began)
     until(stack.engine.idle, 30)  # all 250 steps would take 75 s
 
 

@@ -6,7 +6,6 @@ import asyncio
 import json
 import socket
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -90,10 +89,16 @@ def test_more_streams_than_there_is_room_for_are_told_when_to_come_again_and_all
     api: Api, engine: EngineServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forward = engine.engine.runner.forward
-    monkeypatch.setattr(engine.engine.runner, "forward", lambda step: (time.sleep(0.02), forward(step))[1])
-    clients = 100  # 16 run, 64 wait; all are there before the first are done, but on a very busy machine
+    refused = engine.engine.metrics.refused._value.get
+    before = refused()
+    # No step ends before one of them has been turned away: 16 run, 64 wait, and there are more.
+    monkeypatch.setattr(
+        engine.engine.runner, "forward", lambda step: (until(lambda: refused() > before), forward(step))[1]
+    )
+    clients = 100
     out = asyncio.run(streams.all_at_once(api.url, clients, 16))
     assert (out.finished, out.stuck, out.errors) == (clients, 0, 0)
+    assert out.refused > 0
     assert out.blunt == 0, "every 503 says when to come again"
     until(engine.idle)
 

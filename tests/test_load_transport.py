@@ -93,7 +93,7 @@ def test_nobody_there_and_nobody_answering_are_told_apart() -> None:
                 await http.get(f"http://127.0.0.1:{free_port()}/")
         async with served(never) as http:
             with pytest.raises(httpx.ReadTimeout):
-                await http.get("/", timeout=0.2)
+                await http.get("/", timeout=httpx.Timeout(60, read=0.2))
 
     asyncio.run(run())
 

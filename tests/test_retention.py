@@ -210,6 +210,7 @@ def test_a_kill_between_row_and_files_leaves_nothing_that_dangles(api: Api) -> N
     assert path.exists()
     assert api.http.get(f"/v1/jobs/{job}/checkpoints").json()["data"] == []
     stray = file_of(api, "file-" + "0" * 24)
+    stray.parent.mkdir(exist_ok=True)
     stray.write_bytes(b"lost its row")
     settings = keeping(api)
     assert refs(api, settings) == set(), "it may be on its way to a row"
@@ -257,6 +258,30 @@ def test_a_job_made_at_the_same_moment_has_what_it_names_or_is_refused(api: Api,
             else:
                 assert answer.status_code == 202, answer.text
                 assert path.exists()
+
+
+def test_a_file_that_cannot_be_removed_keeps_none_of_those_behind_it(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = [str(post(api, cpt(unique()))["id"]) for _ in range(2)]
+    for job in jobs:
+        whole_checkpoint(api, job, 10)
+        succeed(api, job)
+        ended(api, job, 3)
+    first, second = (
+        api.settings.job_dir(job) / "checkpoints" / "checkpoint-10" / RESUME_FILES[0] for job in sorted(jobs)
+    )
+    unlink = Path.unlink
+
+    def refused(path: Path, missing_ok: bool = False) -> None:
+        if path == first:
+            raise PermissionError(13, "Permission denied")
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    report = prune(api.db, keeping(api, optimizer=2))
+    assert report is not None
+    assert f"{sorted(jobs)[0]}@10" in {item.ref for item in report.kept}
+    assert first.exists()
+    assert not second.exists()
 
 
 def test_one_process_prunes_at_a_time(api: Api) -> None:

@@ -206,6 +206,7 @@ class Client:
                 answer = http.request(method, self.url + path, **kwargs)
                 if answer.status_code != 503:
                     return answer
+                assert time.monotonic() < deadline, f"503 for a minute: {answer.text}"
             except httpx.TransportError:
                 if time.monotonic() > deadline:
                     raise
@@ -268,29 +269,31 @@ def test_the_api_restarted_under_load_loses_and_repeats_nothing(tmp_path: Path, 
         old = api()
         client = Client(old.url)
         with ThreadPoolExecutor(8) as pool:
-            job = str(httpx.post(f"{old.url}/v1/jobs", json=cpt("followed")).json()["id"])
-            run = start(SimpleNamespace(db=db), job)  # type: ignore[arg-type]
-            made: list[dict[str, str]] = [{}, {}]
-            seen: list[list[int]] = [[] for _ in range(3)]
-            posts = [pool.submit(client.post_jobs, m) for m in made]
-            gets = pool.submit(client.get_jobs)
-            followers = [pool.submit(client.follow, job, s) for s in seen]
+            try:
+                job = str(httpx.post(f"{old.url}/v1/jobs", json=cpt("followed")).json()["id"])
+                run = start(SimpleNamespace(db=db), job)  # type: ignore[arg-type]
+                made: list[dict[str, str]] = [{}, {}]
+                seen: list[list[int]] = [[] for _ in range(3)]
+                posts = [pool.submit(client.post_jobs, m) for m in made]
+                gets = pool.submit(client.get_jobs)
+                followers = [pool.submit(client.follow, job, s) for s in seen]
 
-            def write() -> None:
-                while not client.done.wait(0.02):
-                    with db.write() as session:
-                        repository.add_event(session, job, "log", {"message": "…"})
+                def write() -> None:
+                    while not client.done.wait(0.02):
+                        with db.write() as session:
+                            repository.add_event(session, job, "log", {"message": "…"})
 
-            writer = pool.submit(write)
-            for _ in range(2):
-                new = api()
-                stuck = half_an_upload(old.url)  # at either of the two: cut short with 503, or it goes on
-                assert old.stop(signal.SIGTERM, 60) == 0, old.output
-                stuck.close()
-                number = len(made[0])
-                until(lambda number=number: len(made[0]) > number + 2)
-                old = new
-            client.done.set()
+                writer = pool.submit(write)
+                for _ in range(2):
+                    new = api()
+                    stuck = half_an_upload(old.url)  # at either of the two: cut short with 503, or it goes on
+                    assert old.stop(signal.SIGTERM, 60) == 0, old.output
+                    stuck.close()
+                    number = len(made[0])
+                    until(lambda number=number: len(made[0]) > number + 2)
+                    old = new
+            finally:  # else those that go on till then would be waited for
+                client.done.set()
             writer.result(60)
             with db.write() as session:
                 assert repository.transition(session, job, ["running"], "succeeded", run_id=run)

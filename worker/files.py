@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+MANIFEST = "manifest.json"  # of an export; written last: a folder without one is no export
+
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:

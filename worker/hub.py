@@ -29,10 +29,10 @@ from huggingface_hub.utils._http import default_client_factory, parse_ratelimit_
 from service.errors import JobFailure
 from service.jobs.repository import Fenced
 from service.specs import HubSpec
+from worker.files import MANIFEST, list_file
 from worker.outcome import Interrupted, Progress
 
 log = logging.getLogger("lorry.worker")
-MANIFEST = "manifest.json"
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)  # seconds between attempts; huggingface_hub's own come on top of each
 LONGEST_WAIT = 300  # seconds of a Retry-After that are waited for
 TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
@@ -57,9 +57,7 @@ def push(folder: Path, spec: HubSpec, token: str | None, progress: Progress) -> 
     Interrupted (a cancel is heard within a second while a file is sent) and Fenced.
     """
     manifest = json.loads((folder / MANIFEST).read_text())
-    own = (folder / MANIFEST).read_bytes()
-    listed = {"path": MANIFEST, "bytes": len(own), "sha256": hashlib.sha256(own).hexdigest()}
-    files = [*manifest["files"], listed]
+    files = [*manifest["files"], list_file(folder / MANIFEST, folder)]
     with _connected(spec, token, progress) as hub:
         try:
             progress.phase("pushing")

@@ -12,8 +12,8 @@ from service.errors import JobFailure
 from service.jobs.repository import Fenced
 from service.specs import CptSpec, HubSpec, IftSpec
 from service.templates import StoredTemplate
-from worker.files import list_files, write_json
-from worker.hub import MANIFEST, preflight, push
+from worker.files import list_files
+from worker.hub import preflight, push
 from worker.outcome import Context, Interrupted, Progress
 
 log = logging.getLogger("lorry.worker")
@@ -52,8 +52,7 @@ def push_adapter(adapter: Path, spec: CptSpec | IftSpec, context: Context, resul
     """Push the adapter of a finished training as an export of format `lora` would; else as `push_result`."""
     from transformers import AutoTokenizer
 
-    from worker import record
-    from worker.export.folder import write_card, write_lora, write_template
+    from worker.export.folder import write_card, write_lora, write_manifest, write_template
 
     assert spec.push_to_hub is not None
     about = json.loads((adapter / "lorry_adapter.json").read_text("utf-8"))
@@ -67,23 +66,7 @@ def push_adapter(adapter: Path, spec: CptSpec | IftSpec, context: Context, resul
         write_lora(adapter, about, folder)
         write_template(adapter, stored, AutoTokenizer.from_pretrained(adapter), folder)
         write_card("lora", spec.adapter, about, folder)
-        manifest = {
-            "format": "lora",
-            "adapter": spec.adapter,
-            "base": about["base"],
-            "revision": about.get("revision"),
-            "lineage": {
-                "job": about["job"],
-                "step": about.get("step"),
-                "data_fingerprint": about.get("data_fingerprint"),
-                **(about.get("lineage") or {}),
-            },
-            "template": stored.fingerprint,
-            "versions": record.versions(),
-            "verification": result["verification"],
-            "files": list_files(folder),
-        }
-        write_json(folder / MANIFEST, manifest)
+        write_manifest(folder, "lora", spec.adapter, about, stored, list_files(folder), result["verification"])
         return push_result(folder, spec.push_to_hub, context, result, kept)
     except (Interrupted, Fenced):
         raise

@@ -19,7 +19,6 @@ from service.jobs import repository
 from service.jobs.states import ACTIVE, MOVES
 from service.models import AdapterRow, ArtifactRow, JobRow, RunRow
 
-WEIGHTS = ("adapter_model.safetensors", "model.safetensors")
 _SAME = ("loss", "eval_loss", "grad_norm", "learning_rate", "epoch", "tokens")
 
 

@@ -42,6 +42,7 @@ class Ledger:
     answers: Counter[str] = field(default_factory=Counter)  # how requests were answered, by kind
     violations: list[str] = field(default_factory=list)
     broken: frozenset[str] = frozenset()  # what the fault under way may break
+    recent: frozenset[str] = frozenset()  # what the last one broke, which has a little time to come back
     broken_until: float = 0.0
 
     def count(self, what: str) -> None:
@@ -53,7 +54,8 @@ class Ledger:
             self.violations.append(what)
 
     def may_break(self, *parts: str) -> bool:
-        return bool(self.broken & set(parts)) or time.monotonic() < self.broken_until
+        recent = self.recent if time.monotonic() < self.broken_until else frozenset()
+        return bool((self.broken | recent) & set(parts))
 
 
 def specs(base: Any, file: str, name: str) -> dict[str, dict[str, Any]]:
@@ -189,6 +191,8 @@ class Follower:
                 with self.http.stream("GET", f"/v1/jobs/{job_id}/events", headers=headers) as response:
                     if response.status_code == 204:
                         return
+                    if response.status_code not in (200, 503, 507):
+                        self.ledger.violation(f"events of {job_id} answered {response.status_code}")
                     for kind, data, number in _events(response):
                         if int(number) != seq + 1:
                             self.ledger.violation(f"events of {job_id}: {number} followed {seq}")

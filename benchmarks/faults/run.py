@@ -110,6 +110,7 @@ def run(
             thread.join(70)
         time.sleep(8 * RECONCILE)  # a last look at the disk
         took = here.stop()
+        watcher.sample()  # all are dead: what trained beside its successor to the end is told now
         orphans = [f"process {pid} was left" for pid in parts.tagged(here.tag)]
         if database == "postgres":
             here.parts["postgres"].start()  # the checks read it
@@ -215,8 +216,7 @@ def inject(
         did = fault.act(here, rng, short)
         ended = time.monotonic()
         ready = here.ready(READY_SECONDS)
-        ledger.broken_until = time.monotonic() + 3
-        ledger.broken = frozenset()
+        ledger.recent, ledger.broken_until, ledger.broken = fault.breaks, time.monotonic() + 3, frozenset()
         if not did:
             result.without_target[fault.name] += 1
             continue

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from dataclasses import dataclass, field
 
@@ -18,7 +17,6 @@ from service.jobs import repository
 
 RATE, SECONDS = 10, 10  # events a second, for so long; half of a window of them is there before anyone follows
 POLLS_PER_SECOND = 1 / 0.3  # what the poller asks at most
-_ID = re.compile(rb"^id: (\d+)", re.MULTILINE)
 
 
 @dataclass
@@ -48,9 +46,9 @@ class Follower:
             connection.close()
 
 
-def make_running_job(db: Database, url: str) -> tuple[str, str]:
+def make_running_job(db: Database, url: str, number: int = 0) -> tuple[str, str]:
     """(job, run): a job as a worker has it, without a worker."""
-    job_id = httpx.post(f"{url}/v1/jobs", json=spec(0), trust_env=False).json()["id"]
+    job_id = httpx.post(f"{url}/v1/jobs", json=spec(number), trust_env=False).json()["id"]
     run_id = new_id("run")
     with db.write() as session:
         assert repository.claim(session, job_id, run_id, "benchmark") is not None

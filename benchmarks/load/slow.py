@@ -73,7 +73,7 @@ def measure(report: common.Report, clients: int = 200) -> None:
         ):  # fmt: skip
             db = Database(database_url)
             job_id, _ = followers.make_running_job(db, api.url)
-            other, run_id = make_another(db, api.url)
+            other, run_id = followers.make_running_job(db, api.url, 1)
             file_id, _, _ = asyncio.run(upload.send(api.url, 8 * parts.MIB))
             name = httpx.get(f"{engine.url}/v1/models", trust_env=False).json()["data"][0]["id"]
             chat = {"model": name, "messages": [{"role": "user", "content": "x"}], "stream": True, "n": 4}
@@ -112,13 +112,3 @@ def measure(report: common.Report, clients: int = 200) -> None:
                 for sock in socks:
                     sock.close()
             db.dispose()
-
-
-def make_another(db: Database, url: str) -> tuple[str, str]:
-    body = {**followers.spec(1), "adapter": "bench-other"}
-    job_id = httpx.post(f"{url}/v1/jobs", json=body, trust_env=False).json()["id"]
-    run_id = followers.new_id("run")
-    with db.write() as session:
-        assert repository.claim(session, job_id, run_id, "benchmark") is not None
-        assert repository.transition(session, job_id, ["preparing"], "running", run_id=run_id)
-    return job_id, run_id

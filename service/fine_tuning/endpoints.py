@@ -22,7 +22,7 @@ from service.json_body import Storable
 from service.models import JobRow
 from service.settings import Settings
 from service.specs import IftSpec
-from service.wire import IdempotencyKey, Limit
+from service.wire import After, IdempotencyKey, Limit
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["openai"])
 JobId = Annotated[str, Path(max_length=64, description="The job's id.")]
@@ -68,7 +68,7 @@ def index(
     request: Request,
     db: DbDep,
     limit: Limit = 20,
-    after: Annotated[str | None, Query(max_length=64, description="Id of the last job of the page before.")] = None,
+    after: After = None,
 ) -> List:
     """Newest first, however they were made. `metadata[key]=value` narrows the list."""
     wanted = {found[1]: v for k, v in request.query_params.items() if (found := _METADATA.fullmatch(k))}

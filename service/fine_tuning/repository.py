@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from service.models import EventRow, JobRow
@@ -20,8 +20,12 @@ def list_page(
     query = select(JobRow).where(JobRow.kind.in_(KINDS)).order_by(JobRow.id.desc()).limit(limit + 1)
     if after:
         query = query.where(JobRow.id < after)
-    for key, value in metadata.items():
-        query = query.where(JobRow.spec[("metadata", key)].as_string() == value)
+    each = func.json_each if session.get_bind().dialect.name == "sqlite" else func.json_each_text
+    for key, value in metadata.items():  # compared as values: in a JSON path quotes and braces mean something
+        if "\0" in key + value:
+            return [], False  # none is stored, and Postgres takes none
+        pairs = each(JobRow.spec["metadata"]).table_valued("key", "value")
+        query = query.where(select(pairs.c.key).where(pairs.c.key == key, pairs.c.value == value).exists())
     rows = session.scalars(query).all()
     return rows[:limit], len(rows) > limit
 

@@ -36,7 +36,7 @@ class Hyperparameters(Body):
     batch_size: Literal["auto"] | Annotated[int, Field(ge=1, le=4096)] = Field(
         "auto", description=f"Rows per optimiser step; auto is {AUTO_BATCH}."
     )
-    learning_rate_multiplier: Literal["auto"] | Annotated[float, Field(gt=0, le=1000)] = Field(
+    learning_rate_multiplier: Literal["auto"] | Annotated[float, Field(ge=1e-6, le=1000)] = Field(
         "auto", description=f"Times {BASE_LEARNING_RATE:g}; auto is 1."
     )
 

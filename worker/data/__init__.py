@@ -68,12 +68,12 @@ def prepare(
         )
 
     if eval_file is not None:
-        train = sequences(rows)
+        train = whole = sequences(rows)
         if file is not None and file.suffix.lower() == ".txt":
-            train = train.pick(
-                choose(len(train.ids), spec.dataset.max_samples, spec.dataset.seed) or list(range(len(train.ids)))
-            )
-        sides = counted = [train, sequences(_eval_rows(renderer, eval_file))]
+            chosen = choose(len(whole.ids), spec.dataset.max_samples, spec.dataset.seed)
+            train = whole if chosen is None else whole.pick(chosen)
+        held = sequences(_eval_rows(renderer, eval_file))
+        sides, counted = [train, held], [whole, held]  # what is picked has no counts of its own
     elif file is not None and file.suffix.lower() == ".txt":
         # One text: what is chosen and split are its windows.
         whole = sequences(rows)

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from service.templates import StoredTemplate
-from worker import adapter_io
+from worker import adapter_io, record
 from worker.base_model import on_hub
 from worker.export import template as templates
 from worker.export.plan import Plan, Skeleton
 from worker.export.weights import BaseWeights
-from worker.files import write_json
+from worker.files import MANIFEST, write_json
 
 # What a training leaves beside an adapter or a checkpoint that is nobody else's business.
 INTERNAL = (
@@ -104,3 +104,34 @@ This is {what} trained with lorry ({about["kind"]}, job {about["job"]}, step {ab
 `chat_template.jinja`. `manifest.json` lists the files with their SHA-256 and how they were verified.
 """
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def write_manifest(
+    folder: Path,
+    format: str,
+    adapter: str,
+    about: dict[str, Any],
+    stored: StoredTemplate,
+    files: list[dict[str, Any]],
+    verification: dict[str, Any] | None,
+    **more: Any,
+) -> None:
+    """Write manifest.json: what the folder is, where it comes from, how it was verified, what it holds."""
+    manifest = {
+        "format": format,
+        "adapter": adapter,
+        "base": about["base"],
+        "revision": about.get("revision"),
+        **more,
+        "lineage": {
+            "job": about["job"],
+            "step": about.get("step"),
+            "data_fingerprint": about.get("data_fingerprint"),
+            **(about.get("lineage") or {}),
+        },
+        "template": stored.fingerprint,
+        "versions": record.versions(),
+        "verification": verification,
+        "files": files,
+    }
+    write_json(folder / MANIFEST, manifest)

@@ -24,7 +24,7 @@ from worker.export.merge_stream import write_merged
 from worker.export.plan import Planned
 from worker.export.source import Source, open_source
 from worker.export.space import check_space
-from worker.files import list_file, list_files, whole_folder, write_json
+from worker.files import MANIFEST, list_file, list_files, whole_folder, write_json
 from worker.outcome import Context, Outcome, check
 from worker.push import push_result
 
@@ -77,24 +77,8 @@ def run(spec: ExportSpec, context: Context) -> Outcome:
             progress.phase("listing")
             with interruptible(progress):
                 files = list_files(folder)
-            manifest = {
-                "format": spec.format,
-                "adapter": spec.adapter,
-                "base": about["base"],
-                "revision": about.get("revision"),
-                "merged_into": source.merged_into,
-                "lineage": {
-                    "job": about["job"],
-                    "step": about.get("step"),
-                    "data_fingerprint": about.get("data_fingerprint"),
-                    **(about.get("lineage") or {}),
-                },
-                "template": stored.fingerprint,
-                "versions": versions,
-                "verification": report,
-                "files": files,
-            }
-            write_json(folder / "manifest.json", manifest)
+            merged_into = {"merged_into": source.merged_into}
+            folders.write_manifest(folder, spec.format, spec.adapter, about, stored, files, report, **merged_into)
             progress.asked()  # raises Fenced: another run may have made the folder that this one would replace
     failure = None
     result = {
@@ -111,7 +95,7 @@ def run(spec: ExportSpec, context: Context) -> Outcome:
         except BaseException:
             shutil.rmtree(paths.out_dir, ignore_errors=True)  # cancelled, or fenced: no row will name it
             raise
-    listed = list_file(paths.out_dir / "manifest.json", paths.out_dir)
+    listed = list_file(paths.out_dir / MANIFEST, paths.out_dir)
     artifacts = sorted([*files, listed], key=lambda f: str(f["path"]))
     return Outcome("done", result=result, artifacts=artifacts, failure=failure)
 

@@ -32,7 +32,6 @@ class Tools:
     folder: Path  # convert_hf_to_gguf.py, convert_lora_to_gguf.py, gguf-py/
     quantizer: Path | None  # llama-quantize of a checkout; None: that in the package cyllama
     threads: int
-    version: str  # of the converters
     reader: str  # llama.cpp's build that reads the files back
 
 
@@ -49,12 +48,10 @@ def find(settings: Settings) -> Tools:
     for package in ("xllamacpp", "cyllama"):
         if importlib.util.find_spec(package) is None:
             raise JobFailure("unsupported", f"gguf: this worker lacks the package {package}: {HOW}")
-    version = folder / "VERSION"
     return Tools(
         folder=folder.absolute(),
         quantizer=quantizer,
         threads=settings.torch_threads or os.cpu_count() or 1,
-        version=version.read_text().strip() if version.is_file() else str(folder),
         reader=f"xllamacpp {importlib.metadata.version('xllamacpp')}",
     )
 

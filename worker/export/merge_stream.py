@@ -53,15 +53,12 @@ def write_merged(
             values = merged(base, weights, planned, trained_on)
             if quantize(planned):
                 whole = torch.cat([v.float() for v in values])
+                check_finite(planned, whole.to(planned.dtype))
                 yield from nf4.pieces(planned.name, whole, planned.dtype)
                 return
             for chunk in values:
                 out = chunk.to(planned.dtype)
-                if out.is_floating_point() and not torch.isfinite(out).all():
-                    raise JobFailure(
-                        "export_mismatch",
-                        f"{planned.name}: values beyond the range of {str(planned.dtype)[6:]} after merging",
-                    )
+                check_finite(planned, out)
                 yield planned.name, out.cpu()
                 step(number, total)
 
@@ -69,6 +66,13 @@ def write_merged(
         paths = write_model(groups, data, folder, shard_bytes=shard_bytes)
     step(total, total)
     return paths
+
+
+def check_finite(planned: Planned, values: torch.Tensor) -> None:
+    """Raise JobFailure("export_mismatch") for values that the type they are stored or scaled in does not hold."""
+    if values.is_floating_point() and not torch.isfinite(values).all():
+        kind = str(planned.dtype)[6:]
+        raise JobFailure("export_mismatch", f"{planned.name}: values beyond the range of {kind} after merging")
 
 
 def merged(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -67,5 +66,4 @@ def pieces(name: str, values: torch.Tensor, dtype: torch.dtype) -> Iterator[tupl
             if len(text) > STATE_BYTES:
                 raise ValueError(f"{name}: a quantisation state of {len(text)} bytes")
             tensor = torch.frombuffer(bytearray(text.ljust(STATE_BYTES)), dtype=torch.uint8)
-            json.loads(text.ljust(STATE_BYTES))
         yield f"{name}.{key}", tensor

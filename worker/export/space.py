@@ -11,6 +11,7 @@ import torch
 from service.errors import JobFailure
 from service.specs import ExportSpec
 from worker.export import nf4
+from worker.export.reference import EFFECT_ROWS
 from worker.export.source import Source
 
 RESERVE = 64 * 2**20  # tokenizer, template, card, the file system's own
@@ -37,7 +38,7 @@ def needed_bytes(spec: ExportSpec, source: Source, probe: list[list[int]]) -> in
     elif spec.methods:
         files += len(spec.methods) * adapter + (2 * merged if spec.verify else 0)  # the base as GGUF, to try them on
     vocabulary = max((p.shape[0] for p in tensors if len(p.shape) == 2), default=0)
-    return files + 4 * vocabulary * sum(len(row) for row in probe) + RESERVE
+    return files + 4 * vocabulary * sum(len(row) for row in [*probe, *probe[:EFFECT_ROWS]]) + RESERVE
 
 
 def bits(method: str) -> float:
