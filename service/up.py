@@ -6,6 +6,7 @@ behind can be found by its session and ended. If this process is killed outright
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import os
@@ -16,7 +17,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -33,6 +33,7 @@ _QUEUE_SECONDS = 10.0
 _EARLY_DEATHS = 3  # a part that dies this often before all is ready ends `up`
 _STEADY_SECONDS = 60.0  # a part that ran this long starts its backoff anew
 _PDEATHSIG = 1
+_output = threading.Lock()
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
@@ -242,17 +243,18 @@ def url_of(host: str, port: int) -> str:
 def _relay(name: str, process: subprocess.Popen[str]) -> None:
     assert process.stdout is not None
     for line in process.stdout:
-        try:
-            print(part_line(name, line.rstrip()), flush=True)
-        except (BrokenPipeError, ValueError):  # nobody reads; keep draining, or the part would block on its log
-            continue
+        _write(part_line(name, line.rstrip()))
 
 
 def _say(message: str) -> None:
-    try:
-        print(part_line("up", message), flush=True)
-    except (BrokenPipeError, ValueError):
-        pass
+    _write(part_line("up", message))
+
+
+def _write(line: str) -> None:
+    """One line at a time: print() writes its newline apart, and another thread's line would come in between."""
+    with _output, contextlib.suppress(BrokenPipeError, ValueError):  # nobody reads: the parts must not block on a log
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
 
 
 def _die_with_parent() -> None:
@@ -287,7 +289,7 @@ def _kill(pid: int) -> None:
         pass
 
 
-@contextmanager
+@contextlib.contextmanager
 def _only_one(folder: Path) -> Iterator[None]:
     with open(folder / UP_LOCK, "w") as lock:
         try:

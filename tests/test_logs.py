@@ -206,6 +206,30 @@ def test_how_a_process_ended_is_said_in_words(status: int | None, oom: bool, say
     assert says in describe(status, oom=oom)
 
 
+RELAY = """
+import subprocess, sys, threading
+from service.logs import configure
+from service.settings import Settings
+from service.up import _relay
+
+configure(Settings(_env_file=None), "up")
+parts = [subprocess.Popen([sys.executable, "-c", "for n in range(3000): print(n)"], stdout=-1, text=True) for _ in "1234"]
+threads = [threading.Thread(target=_relay, args=(f"part-{i}", part)) for i, part in enumerate(parts)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+"""
+
+
+def test_lines_of_parts_that_write_at_once_stay_apart(tmp_path: Path) -> None:
+    env = environment(tmp_path) | {"LORRY_LOG_FORMAT": "json", "PYTHONUNBUFFERED": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", RELAY], env=env, capture_output=True, text=True, timeout=120, check=True
+    )
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    for i in range(4):
+        assert [int(line["message"]) for line in lines if line["part"] == f"part-{i}"] == list(range(3000))
+
+
 def test_up_writes_json_lines_alone_and_no_secret(tiny_base: Path, tmp_path: Path) -> None:
     key = "key-that-nobody-may-see"
     running = Running(tmp_path, "up", "--no-engine", log_format="json", api_key=key, log_level="DEBUG")
