@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from service.bases import base_key
 from service.errors import Conflict, Invalid, LorryError, NotFound
 from tests.serving import KINDS, engine_settings, make_adapter, peft_greedy
-from worker.engine.adapters import AdapterRegistry, base_key
+from worker.engine.adapters import AdapterRegistry
 from worker.engine.request import Request, SamplingParams
 from worker.engine.runner import ModelRunner, UnsupportedModel
 from worker.engine.sampling import sample

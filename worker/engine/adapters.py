@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from service.bases import base_key
 from service.errors import Conflict, Invalid, NotFound
 from service.templates import StoredTemplate
 from worker.engine.lora import AdapterWeights, LoraPair
@@ -67,16 +68,6 @@ class BaseInfo:
     template: StoredTemplate | None
     dtype: torch.dtype
     device: torch.device
-
-
-def base_key(name: str) -> str:
-    """A base model's name without organisation, folder and quantisation: adapters fit all copies of the same weights.
-
-    >>> base_key("unsloth/Llama-3.2-1B-Instruct-unsloth-bnb-4bit")
-    'llama-3.2-1b-instruct'
-    """
-    last = name.rstrip("/").rsplit("/", 1)[-1].lower()
-    return re.sub(r"(-unsloth)?(-bnb-4bit)?$", "", last)
 
 
 def tokenizer_hash(folder: Path) -> str | None:
