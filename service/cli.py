@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from service import __version__, operations
 from service.logs import configure
+from service.queue_names import needs_of
 from service.settings import Settings, get_settings
 
 
@@ -24,7 +25,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--version", action="version", version=f"lorry {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     commands.add_parser("api", help="serve the HTTP API")
-    commands.add_parser("worker", help="run jobs from the queue, one at a time")
+    worker = commands.add_parser("worker", help="run jobs from the queues, one at a time")
+    worker.add_argument(
+        "--queues",
+        type=_queues,
+        metavar="LIST",
+        help="which ones: auto, any, cpu, gpu, pool:NAME, separated by commas (default: LORRY_WORKER_QUEUES)",
+    )
     commands.add_parser("engine", help="serve the generation engine")
     migrating = commands.add_parser("migrate", help="bring the database to the newest revision")
     migrating.add_argument("--to", metavar="REVISION", default="head", help="another revision, older ones too")
@@ -39,7 +46,10 @@ def main(argv: list[str] | None = None) -> None:
     try:
         settings = get_settings()
     except ValidationError as error:
-        problems = "; ".join(f"LORRY_{str(e['loc'][0]).upper()}: {e['msg']}" for e in error.errors())
+        problems = "; ".join(
+            "".join(f"LORRY_{str(part).upper()}: " for part in e["loc"][:1]) + e["msg"].removeprefix("Value error, ")
+            for e in error.errors()
+        )
         raise SystemExit(f"lorry: {problems}") from None
     token = settings.secrets_dir / "hf_token"
     if token.is_file():  # where Hugging Face's libraries look for it
@@ -50,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         # service never imports worker: `lorry api` must not bring torch in, and a static import would let it. These two
         # commands are the worker's, and hand over to it by name.
         case "worker":
-            importlib.import_module("worker.run").main()
+            importlib.import_module("worker.run").main(arguments.queues)
         case "engine":
             importlib.import_module("worker.engine.server").main()
         case "migrate":
@@ -142,6 +152,14 @@ def _shown(name: str, value: object) -> str:
         scheme, _, rest = str(value).partition("://")
         return f"{scheme}://********@{rest.rpartition('@')[2]}"
     return str(value)
+
+
+def _queues(text: str) -> str:
+    try:
+        needs_of(text, gpu=False)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def _workers(text: str) -> int:

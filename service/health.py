@@ -96,10 +96,14 @@ def _queue(queue: JobQueue) -> Part:
 
 def _workers(queue: JobQueue) -> Part:
     try:
-        count = queue.workers()
+        count, unheard = len(queue.worker_names()), queue.unheard()
     except RedisError as error:
         return Part(ok=False, detail=f"unknown: the queue is out of reach ({type(error).__name__})")
-    return Part(ok=count > 0, detail=f"{count} registered" if count else "none registered; start `lorry worker`")
+    if not count:
+        return Part(ok=False, detail="none registered; start `lorry worker`")
+    # Said, but no reason to be unready: else one job for a pool that nobody serves would take the service down.
+    lonely = "".join(f"; none takes jobs from {name} ({length} waiting)" for name, length in unheard.items())
+    return Part(ok=True, detail=f"{count} registered{lonely}")
 
 
 def _engine(settings: Settings) -> Part:
@@ -134,12 +138,17 @@ class JobsCollector(Collector):
         for kind, status, count in counts:
             jobs.add_metric([kind, status], count)
         yield jobs
-        length = GaugeMetricFamily("lorry_queue_length", "Entries on the queue.")
+        length = GaugeMetricFamily("lorry_queue_length", "Entries on a queue.", labels=["queue"])
+        workers = GaugeMetricFamily("lorry_queue_workers", "Workers that take jobs from a queue.", labels=["queue"])
         try:
-            length.add_metric([], self._queue.length())
+            lengths, heard = self._queue.lengths(), self._queue.workers()
+            for name in sorted({*lengths, *heard}):
+                length.add_metric([name], lengths.get(name, 0))
+                workers.add_metric([name], heard.get(name, 0))
         except RedisError:
             pass  # no sample: unknown is not zero
         yield length
+        yield workers
         labels = ["job", "kind", "adapter"]
         for name, text, key in (
             ("step", "Optimiser steps done by a running job.", "step"),

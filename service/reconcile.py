@@ -31,6 +31,7 @@ from service.settings import Settings
 log = logging.getLogger("lorry.reconcile")
 _DISK_EVERY = 6  # passes: the disk is looked at less often than heartbeats and queue
 _CHUNK = 500  # ids in one query
+_UNHEARD_SECONDS = 30.0  # a worker may take so long to start, and a dead one so long to be forgotten
 
 
 @dataclass
@@ -57,6 +58,7 @@ class Watch:
         self.clock = clock
         self.passes = 0
         self.told: set[str | Path] = set()  # what the log has been told of already
+        self._unheard: dict[str, tuple[float, bool]] = {}  # queue → (since when, whether the log has been told)
         self._last = 0.0
         self._seen: dict[str, tuple[tuple[str, float], float]] = {}  # job → ((run, heartbeat), seconds of silence)
 
@@ -72,6 +74,14 @@ class Watch:
             old = before.get(job_id)
             self._seen[job_id] = (beat, old[1] + passed if old and old[0] == beat else 0.0)
         return {job_id: silence for job_id, (_, silence) in self._seen.items()}
+
+    def unheard(self, names: Iterable[str]) -> list[str]:
+        """Of the queues that nobody listens to now, those of which it is time to tell; each once until it is heard."""
+        now = self.clock()
+        self._unheard = {name: self._unheard.get(name, (now, False)) for name in names}
+        due = [n for n, (since, told) in self._unheard.items() if not told and now - since >= _UNHEARD_SECONDS]
+        self._unheard |= {name: (now, True) for name in due}
+        return due
 
     def forget(self) -> None:
         """Watch anew: no run could write a heartbeat while the database was away or full."""
@@ -93,7 +103,7 @@ def reconcile(db: Database, queue: JobQueue, settings: Settings) -> Report:
             watch.forget()
             raise
         fail_orphans(db, queue, report)
-        fill_queue(db, queue, report)
+        fill_queue(db, queue, watch, report)
         if watch.passes % _DISK_EVERY == 0:
             try:
                 compare_disk(db, settings, report)
@@ -117,17 +127,32 @@ def give_back_lost(db: Database, queue: JobQueue, settings: Settings, watch: Wat
             give_back(db, queue, settings, job_id, run_id, code="worker_lost", reason=reason, beat=beat, report=report)
 
 
-def fill_queue(db: Database, queue: JobQueue, report: Report) -> None:
-    """Put there what SQL says may run and the queue does not have: entries lost with a server, or never written."""
+def fill_queue(db: Database, queue: JobQueue, watch: Watch, report: Report) -> None:
+    """Put there what SQL says may run and the queues do not have: entries lost with a server, or never written.
+
+    Each queue that has entries and no worker is logged, once it has been so for a while.
+    """
     try:
         with db.read() as session:
             ready = repository.ready_to_run(session)
         missing = set(ready) - queue.waiting() if ready else set()
-        for job_id in (j for j in ready if j in missing):
-            queue.enqueue(job_id)
-            report.enqueued.append(job_id)
+        for some in _chunks([job_id for job_id in ready if job_id in missing]):
+            with db.read() as session:
+                fields = repository.queue_fields(session, some)
+            for job_id in some:
+                queue.enqueue(job_id, fields[job_id])
+                report.enqueued.append(job_id)
+        unheard = queue.unheard() if ready else {}
     except RedisError as error:
         log.warning("queue out of reach, will try again: %s", error)
+        return
+    for name in watch.unheard(unheard):
+        log.warning(
+            "no worker takes jobs from the queue %s, where %d wait: start `lorry worker`, with LORRY_WORKER_QUEUES if "
+            "those that run serve other needs",
+            name,
+            unheard[name],
+        )
 
 
 def give_back(
@@ -193,10 +218,11 @@ def after_end(db: Database, queue: JobQueue, job_id: str) -> None:
         status = row.status
         startable = status == "queued" and repository.is_ready(session, row)
         children = repository.ready_to_run(session, child_of=job_id) if status == "succeeded" else []
+        fields = repository.queue_fields(session, children)
     if startable:
-        queue.enqueue_soon(job_id)
+        queue.enqueue_soon(job_id, row.spec)
     for child in children:
-        queue.enqueue_soon(child)
+        queue.enqueue_soon(child, fields[child])
     if status in ("failed", "cancelled"):
         fail_orphans(db, queue)
     if status in ("succeeded", "failed", "cancelled"):

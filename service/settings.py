@@ -7,8 +7,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SecretsSettingsSource, SettingsConfigDict
+
+from service.queue_names import needs_of
 
 _SECRETS_DIR = "/run/secrets"
 
@@ -30,7 +32,15 @@ class Settings(BaseSettings):
         description="SQLAlchemy URL, e.g. postgresql+psycopg://user:password@host/db. Default: lorry.db in the data folder.",
     )
     redis_url: str = Field("redis://127.0.0.1:6379/0", description="Redis-protocol server that carries the queue.")
-    queue: str = Field("lorry", description="Name of the RQ queue a worker listens on.")
+    queue: str = Field(
+        "lorry",
+        pattern=r"^[^\s:,]+$",
+        description="Name of the queue, without colon or comma; those by need and priority add to it. Installations that share a server need one each.",
+    )
+    worker_queues: str = Field(
+        "auto",
+        description="Jobs that a worker takes, by need: any, cpu, gpu, pool:NAME, separated by commas, the first ones first; auto: any and cpu, and before them gpu where there is an NVIDIA GPU.",
+    )
     engine_url: str = Field("http://127.0.0.1:8322", description="Generation engine (lorry engine, or a vLLM server).")
     engine_host: str = Field("127.0.0.1", description="Address `lorry engine` listens on.")
     engine_port: int = Field(8322, ge=0, le=65535, description="Port `lorry engine` listens on.")
@@ -127,6 +137,12 @@ class Settings(BaseSettings):
     keep_logs_days: float = Field(
         90.0, ge=0, description="Days after a job's end that its log and TensorBoard files stay; inf: for good."
     )
+
+    @field_validator("worker_queues")
+    @classmethod
+    def _check_worker_queues(cls, text: str) -> str:
+        needs_of(text, gpu=False)
+        return text
 
     @classmethod
     def settings_customise_sources(

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator
 
+from service.queue_names import POOL_NAME, POOL_RULE
+
 # transformers.training_args.OptimizerNames and trainer_utils.SchedulerType, 5.17 (a test compares them), less those
 # that need more arguments or packages than a spec can carry.
 Optimizer = Literal[
@@ -76,6 +78,27 @@ def check_metadata(metadata: dict[str, str]) -> dict[str, str]:
 
 
 Metadata = Annotated[dict[str, str], AfterValidator(check_metadata)]
+
+
+def check_gpus(gpus: Any) -> Any:
+    """Refuse, in plain words, what will be possible one day. Raises ValueError."""
+    if isinstance(gpus, bool):  # which would be taken for 0 or 1
+        raise ValueError("0, 1 or null")
+    if isinstance(gpus, int) and gpus > 1:
+        raise ValueError("a job runs on one GPU at most for now: 0, 1 or null")
+    return gpus
+
+
+def check_pool_name(name: str) -> str:
+    """Accept what can be part of a queue's name. Raises ValueError."""
+    if not POOL_NAME.fullmatch(name):
+        raise ValueError(f"a pool's name is {POOL_RULE}")
+    return name
+
+
+Gpus = Annotated[Literal[0, 1] | None, BeforeValidator(check_gpus)]
+PoolName = Annotated[str, AfterValidator(check_pool_name)]
+Priority = Literal["high", "normal", "low"]
 
 
 def size_in_bytes(size: str) -> int:

@@ -8,29 +8,22 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+from pydantic import Field, TypeAdapter, model_validator
 
+from service.job_spec import JobSpec, Spec
 from service.spec_fields import (
     GGUF_LORA_METHODS,
     GGUF_METHODS,
     AdapterName,
     AdapterRef,
     FileSize,
-    Metadata,
     Methods,
     Optimizer,
-    RepoId,
     Scheduler,
     size_in_bytes,
 )
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-class Spec(BaseModel):
-    """Base of every part of a spec: unknown fields are errors, and a spec never changes once made."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class ModelSpec(Spec):
@@ -254,38 +247,6 @@ class InitSpec(Spec):
         "continue",
         description="continue: train the adapter's own matrices on. stack: freeze it and train a second LoRA on top. "
         "merge: fold it into 16-bit base weights and train a new LoRA on those. All give one adapter for the same base.",
-    )
-
-
-class HubSpec(Spec):
-    """A repository of the Hugging Face hub, or of the server that the worker's HF_ENDPOINT names."""
-
-    repo_id: RepoId = Field(description="owner/name of a model repository.")
-    private: bool = Field(
-        True,
-        description="Make the repository private if it does not exist; an existing one must not be public then.",
-    )
-    revision: str | None = Field(
-        None,
-        max_length=200,
-        pattern=r"^[A-Za-z0-9_][A-Za-z0-9_./-]*$",
-        description="Branch to push to; made from main if it does not exist. Default: main.",
-    )
-
-
-class JobSpec(Spec):
-    metadata: Metadata = Field(
-        default_factory=dict,
-        description="Up to 16 pairs of your own (keys to 64, values to 512 characters); kept as given.",
-    )
-    after: list[str] = Field(
-        default_factory=list,
-        max_length=64,
-        description="Ids of jobs that must succeed first; if one fails, this one fails with its reason.",
-    )
-    push_to_hub: HubSpec | None = Field(
-        None,
-        description="Push the result, with a model card, to a model repository. The token is the request's X-HF-Token header, else the worker's HF_TOKEN.",
     )
 
 

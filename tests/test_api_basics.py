@@ -52,7 +52,7 @@ def test_readiness_says_that_the_queue_is_away(sqlite_url: str, make_settings: C
         parts = api.http.get("/readyz").json()["parts"]
         assert (parts["database"]["ok"], parts["queue"]["ok"], parts["workers"]["ok"]) == (True, False, False)
         assert api.http.get("/healthz").status_code == 200
-        assert "\nlorry_queue_length " not in api.http.get("/metrics").text, "unknown is not zero"
+        assert "\nlorry_queue_length{" not in api.http.get("/metrics").text, "unknown is not zero"
 
 
 def test_a_database_that_goes_away_is_503_and_comes_back(
@@ -229,7 +229,7 @@ def test_metrics_tell_of_jobs_queue_requests_and_running_training(api: Api) -> N
     assert float(values["lorry_job_tokens_per_second", labels]) == 12.5
     assert float(values["lorry_job_step", labels]) == 7
     assert float(values["lorry_jobs", 'kind="cpt",status="running"']) >= 1
-    assert float(values["lorry_queue_length", ""]) >= 1
+    assert float(values["lorry_queue_length", f'queue="{api.queue.name}"']) >= 1
     assert waiting["id"] not in text, "only running jobs have series"
     posts = 'method="POST",route="/v1/jobs",status="202"'
     assert float(values["lorry_http_request_seconds_count", posts]) >= 2

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from service.queue import JobQueue
+from service.queue_names import needs_of, queues_of
 from service.settings import Settings
 from tests.compose import ROOT, load
 
@@ -160,13 +161,18 @@ def test_services_find_their_pods() -> None:
 
 def test_keda_counts_the_queue_that_lorry_fills(redis_url: str) -> None:
     (scaled,) = (m for m in manifests() if m["kind"] == "ScaledObject")
-    (trigger,) = scaled["spec"]["triggers"]
+    triggers = {t["name"]: t["metadata"]["listName"] for t in scaled["spec"]["triggers"]}
     queue = JobQueue(redis_url, Settings.model_fields["queue"].default)
-    name = trigger["metadata"]["listName"]
-    before = queue.redis.llen(name)
-    queue.enqueue("job_counted")
+    # A worker of the Deployment has a GPU: auto serves these.
+    names = queues_of(queue.name, needs_of(Settings.model_fields["worker_queues"].default, gpu=True))
+    assert sorted(triggers.values()) == sorted(f"rq:queue:{name}" for name in names)
+    assert sorted(scaled["spec"]["advanced"]["scalingModifiers"]["formula"].split(" + ")) == sorted(triggers)
+    before = [queue.redis.llen(key) for key in triggers.values()]
+    queue.enqueue("job_counted", {"resources": {"gpus": 1}, "priority": "high"})
     try:
-        assert queue.redis.llen(name) == before + 1
+        counted = [queue.redis.llen(key) - n for key, n in zip(triggers.values(), before, strict=True)]
+        assert [name for name, n in zip(triggers, counted, strict=True) if n] == ["gpu_high"]
+        assert sum(counted) == 1
     finally:
         queue.remove("job_counted")
         queue.redis.close()

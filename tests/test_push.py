@@ -15,8 +15,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.utils import _http, validate_repo_id
 
 from service.errors import JobFailure
+from service.job_spec import HubSpec
 from service.spec_fields import check_repo_id
-from service.specs import HubSpec
 from tests.conftest import free_port
 from tests.hub_server import Hub, User, serve_hub
 from tests.recipes import Recorder

@@ -27,8 +27,8 @@ from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils._http import default_client_factory, parse_ratelimit_headers
 
 from service.errors import JobFailure
+from service.job_spec import HubSpec
 from service.jobs.repository import Fenced
-from service.specs import HubSpec
 from worker.files import MANIFEST, list_file
 from worker.outcome import Interrupted, Progress
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from service.errors import JobFailure
+from service.job_spec import HubSpec
 from service.jobs.repository import Fenced
-from service.specs import CptSpec, HubSpec, IftSpec
+from service.specs import CptSpec, IftSpec
 from service.templates import StoredTemplate
 from worker.files import list_files
 from worker.hub import preflight, push

@@ -28,6 +28,7 @@ from service.jobs.states import ACTIVE
 from service.logs import belonging, configure
 from service.migrate import is_current
 from service.queue import JobQueue, job_of
+from service.queue_names import needs_of, queues_of, sees_gpu
 from service.reconcile import give_back, reconcile
 from service.settings import Settings
 from worker.progress import persist
@@ -55,8 +56,10 @@ class LorryWorker(Worker):  # type: ignore[misc, unused-ignore]
         # minutes, its child unwatched.
         retry = Retry(ConstantBackoff(0.5), 1)
         connection = Redis.from_url(settings.redis_url, health_check_interval=30, retry=retry)
+        needs = needs_of(settings.worker_queues, gpu=sees_gpu())
         super().__init__(
-            [Queue(settings.queue, connection=connection, default_timeout=-1)],
+            # RQ takes from the first of its queues that has an entry: the order is the priority.
+            [Queue(queue, connection=connection, default_timeout=-1) for queue in queues_of(settings.queue, needs)],
             name=name,
             connection=connection,
             default_result_ttl=0,
@@ -118,7 +121,9 @@ class LorryWorker(Worker):  # type: ignore[misc, unused-ignore]
     def heartbeat(self, timeout: int | None = None, pipeline: Any = None) -> None:
         self.reconcile()  # first: it must also be done while the queue server is away
         super().heartbeat(timeout, pipeline)
-        worker_registration.register(self, pipeline)  # again: a queue server that lost its data forgot this worker
+        # Again: a queue server that lost its data forgot this worker, and what it listens to.
+        worker_registration.register(self, pipeline)
+        (self.connection if pipeline is None else pipeline).hset(self.key, "queues", ",".join(self.queue_names()))
 
     def reconcile(self) -> None:
         """Compare SQL with the queue now and then; the API does the same, but it may be down."""
@@ -215,9 +220,12 @@ def oom_kills() -> int | None:
         return None
 
 
-def main() -> None:
-    """`lorry worker`: run until told to stop. SIGTERM and SIGINT let the running job checkpoint and go back to the queue."""
-    settings = Settings()
+def main(queues: str | None = None) -> None:
+    """`lorry worker`: run until told to stop. SIGTERM and SIGINT let the running job checkpoint and go back to the queue.
+
+    `queues` goes before LORRY_WORKER_QUEUES.
+    """
+    settings = Settings() if queues is None else Settings(worker_queues=queues)
     configure(settings, "worker")
     if not is_current(settings.sqlalchemy_url):
         raise SystemExit("the database is not at the newest revision: run `lorry migrate`")

@@ -63,10 +63,11 @@ def index(
 
 
 @router.get("/{job_id}", response_model=schemas.JobDetail, summary="One job, with its runs")
-def show(job_id: JobId, db: DbDep) -> Any:
+def show(job_id: JobId, db: DbDep, queue: QueueDep) -> Any:
     with db.read() as session:
         row = service.require(session, job_id)
-        return schemas.detail(row, repository.runs(session, job_id))
+        runs = repository.runs(session, job_id)
+    return schemas.detail(row, runs, queue.place(row.spec) if row.status == "queued" else None)
 
 
 @router.post("/{job_id}/cancel", response_model=schemas.Job, summary="Cancel a job")

@@ -260,6 +260,15 @@ def ready_to_run(session: Session, *, child_of: str | None = None) -> list[str]:
     return sorted(ready)
 
 
+def queue_fields(session: Session, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What names a job's queue in its spec, `resources` and `priority`, by id; None for a field that a spec lacks.
+
+    Read out of the JSON by the database: at a wiped queue that held thousands, the whole specs would be megabytes.
+    """
+    query = select(JobRow.id, JobRow.spec["resources"], JobRow.spec["priority"]).where(JobRow.id.in_(ids))
+    return {job_id: {"resources": r, "priority": p} for job_id, r, p in session.execute(query)}
+
+
 def is_ready(session: Session, row: JobRow) -> bool:
     """Whether all parents of a job succeeded."""
     if not row.after:

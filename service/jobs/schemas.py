@@ -72,7 +72,16 @@ class Job(BaseModel):
     finished_at: int | None = Field(description="Unix seconds.")
 
 
+class Place(BaseModel):
+    name: str = Field(description="Name of the queue, as in /metrics.")
+    workers: int | None = Field(
+        description="Workers that take jobs from it; with 0 the job waits until one is started. "
+        "null: the queue server is out of reach."
+    )
+
+
 class JobDetail(Job):
+    queue: Place | None = Field(description="Where a queued job waits; null for all others.")
     runs: list[Run] = Field(description="Every attempt, oldest first.")
 
 
@@ -127,8 +136,10 @@ def job(row: JobRow) -> dict[str, Any]:
     }
 
 
-def detail(row: JobRow, runs: Iterable[RunRow]) -> dict[str, Any]:
-    return {**job(row), "runs": [_run(r) for r in runs]}
+def detail(row: JobRow, runs: Iterable[RunRow], place: tuple[str, int | None] | None) -> dict[str, Any]:
+    """`place`: name of the job's queue and number of its workers, if it waits there."""
+    queue = {"name": place[0], "workers": place[1]} if place else None
+    return {**job(row), "queue": queue, "runs": [_run(r) for r in runs]}
 
 
 def _run(row: RunRow) -> dict[str, Any]:

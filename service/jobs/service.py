@@ -73,7 +73,7 @@ def create(
         raise
     log.info("%s made: %s %s", row.id, row.kind, row.adapter, extra=about_job(row.id))
     if not row.after:
-        queue.enqueue_soon(row.id)
+        queue.enqueue_soon(row.id, row.spec)
     else:
         after_end(db, queue, row.id)
     return row, False
