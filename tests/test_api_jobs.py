@@ -44,7 +44,11 @@ def test_a_job_is_accepted_with_its_address_and_every_default_filled_in(api: Api
     job = answer.json()
     assert answer.status_code == 202
     assert answer.headers["location"] == f"/v1/jobs/{job['id']}"
-    assert api.http.get(answer.headers["location"]).json() == {**job, "runs": []}
+    assert api.http.get(answer.headers["location"]).json() == {
+        **job,
+        "runs": [],
+        "queue": {"name": api.queue.name, "workers": 0},
+    }
     assert (job["object"], job["kind"], job["status"], job["adapter"], job["attempt"]) == (
         "job",
         "cpt",
