@@ -22,7 +22,7 @@ from service import __version__, graphs, health
 from service.adapters import endpoints as adapters
 from service.auth import BearerAuth
 from service.db import Database
-from service.engine_client import EngineClient
+from service.engines import Engines
 from service.errors import BadRequest, InsufficientStorage, Invalid, LorryError, Unavailable, UnsupportedMedia
 from service.files import endpoints as files
 from service.fine_tuning import endpoints as fine_tuning
@@ -83,7 +83,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         raise RuntimeError("the database is not at the newest migration: run `lorry migrate`")
     app.state.db = db = Database(url)
     app.state.queue = queue = JobQueue(settings.redis_url, settings.queue)
-    app.state.engine = engine = EngineClient(settings)
+    app.state.engine = engine = Engines(settings, app.state.registry)
+    engine.start()
     collector = health.JobsCollector(app.state.registry, db, queue)
     app.state.events = hub = EventHub(db, app.state.registry)
     app.state.shutdown.on_begin.append(hub.stop)

@@ -10,7 +10,7 @@ from typing import Annotated, cast
 from fastapi import Depends, Request
 
 from service.db import Database
-from service.engine_client import EngineClient
+from service.engines import Engines
 from service.queue import JobQueue
 from service.settings import Settings
 
@@ -27,11 +27,11 @@ async def _queue(request: Request) -> JobQueue:
     return cast(JobQueue, request.app.state.queue)
 
 
-async def _engine(request: Request) -> EngineClient:
-    return cast(EngineClient, request.app.state.engine)
+async def _engine(request: Request) -> Engines:
+    return cast(Engines, request.app.state.engine)
 
 
 SettingsDep = Annotated[Settings, Depends(_settings)]
 DbDep = Annotated[Database, Depends(_db)]
-EngineDep = Annotated[EngineClient, Depends(_engine)]
+EngineDep = Annotated[Engines, Depends(_engine)]
 QueueDep = Annotated[JobQueue, Depends(_queue)]

@@ -1,4 +1,4 @@
-"""The API's way to the generation engine: `lorry engine`, or a vLLM server in its place.
+"""The API's way to one generation engine: `lorry engine`, or a vLLM server in its place. Several: service.engines.
 
 Only vLLM's protocol is relied on (OpenAI's /v1/models and /v1/completions, /v1/chat/completions, the two calls for
 adapters); what lorry's engine adds under "lorry" (timings, the base's template) is used where it is there.
@@ -7,31 +7,27 @@ adapters); what lorry's engine adds under "lorry" (timings, the base's template)
 from __future__ import annotations
 
 import asyncio
-import json
-import re
 import time
-from collections.abc import AsyncIterator, Collection, Mapping
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from service.bases import base_key
+from service.engine_answer import Answer, EngineAway, error_from, unreachable
 from service.engine_transport import EngineTransport
-from service.errors import Conflict, Invalid, LorryError, NotFound, Unavailable
+from service.errors import Conflict, LorryError, NotFound, Unavailable
 from service.logs import REQUEST_ID_HEADER, request_id
-from service.openai.wire import Piece, TokenInfo, Usage
-from service.settings import Settings
 from service.templates import StoredTemplate
 
-BASE_TTL = 30.0  # seconds for which what the engine said of its base is believed
-_TOO_LONG = re.compile(r"maximum (?:context|model) length|max_model_len", re.IGNORECASE)
+BASE_TTL = 30.0  # seconds for which what an engine said of its base is believed
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The engine's base. `template` and `load_in_4bit` are None with an engine that does not tell (vLLM)."""
+    """An engine's base. `template` and `load_in_4bit` are None with an engine that does not tell (vLLM)."""
 
     name: str
     root: str
@@ -39,95 +35,43 @@ class BaseModel:
     template: StoredTemplate | None
     load_in_4bit: bool | None
     created: int
+    keys: frozenset[str]  # base_key of every name it goes by
+
+
+@dataclass(frozen=True)
+class View:
+    """What an engine said of itself, and when on time.monotonic's clock."""
+
+    at: float
+    base: BaseModel
+    adapters: frozenset[str]
 
 
 @dataclass(frozen=True)
 class Target:
-    """An adapter as the engine is to serve it: `path` is loaded under `name`."""
+    """What is to answer: an adapter, whose `path` is loaded under `name`, or with no path the base of that name.
+
+    `base` is the name of the base that the adapter was trained on, or the base's own.
+    """
 
     name: str
+    path: Path | None
+    base: str
+
+
+@dataclass(frozen=True)
+class _Loaded:
     path: Path
-
-
-@dataclass
-class Timings:
-    """Milliseconds since the API began with the request."""
-
-    queue_ms: float = 0.0
-    first_token_ms: float = 0.0
-    total_ms: float = 0.0
-
-
-class Generation:
-    """The pieces of an answer as they come; `usage` and `timings` are right once the last one has come."""
-
-    def __init__(self, response: httpx.Response, began: float, sent: float, url: str) -> None:
-        self.url = url
-        self.usage = Usage()
-        self.timings = Timings(queue_ms=_ms(began))
-        self._response = response
-        self._began = began
-        self._offset = (sent - began) * 1000  # what passed before the engine's own clock started
-        self._offsets: dict[int, int] = {}
-
-    async def __aiter__(self) -> AsyncIterator[Piece]:
-        async for batch in self.batches():
-            for piece in batch:
-                yield piece
-
-    async def batches(self) -> AsyncIterator[list[Piece]]:
-        """The pieces, those together that have come together: one when there is time, more when there is much to do."""
-        try:
-            async for batch in self._batches():
-                yield batch
-        except httpx.HTTPError as error:
-            raise _unreachable(self.url, error) from error
-
-    async def _batches(self) -> AsyncIterator[list[Piece]]:
-        told: Mapping[str, float] | None = None
-        async for bodies in _events(self._response):
-            batch: list[Piece] = []
-            for body in bodies:
-                if "error" in body:
-                    if batch:
-                        yield batch
-                    raise _error_of(body, int(body["error"].get("code") or 500) if _numeric(body) else 500)
-                if body.get("usage"):
-                    self.usage = Usage(body["usage"]["prompt_tokens"], body["usage"].get("completion_tokens") or 0)
-                told = told or body.get("lorry") or None
-                for choice in body.get("choices") or ():
-                    piece = self._piece(choice)
-                    if not self.timings.first_token_ms and (piece.text or piece.token_ids or piece.finish_reason):
-                        self.timings.first_token_ms = _ms(self._began)
-                    if piece.text or piece.token_ids or piece.tokens or piece.finish_reason:
-                        batch.append(piece)
-            if batch:
-                yield batch
-        self.timings.total_ms = _ms(self._began)
-        if told:
-            for name in ("queue_ms", "first_token_ms", "total_ms"):
-                setattr(self.timings, name, round(told[name] + self._offset, 3))
-
-    def _piece(self, choice: Mapping[str, Any]) -> Piece:
-        text = choice["text"] if "text" in choice else (choice.get("delta") or {}).get("content") or ""
-        index = int(choice["index"])
-        start = self._offsets.get(index, 0)
-        self._offsets[index] = start + len(text)
-        return Piece(
-            index,
-            text,
-            choice.get("token_ids"),
-            _tokens(choice.get("logprobs"), start),
-            choice.get("finish_reason"),
-            choice.get("stop_reason"),
-        )
+    at: float
 
 
 class EngineClient:
-    """One pool of connections to the engine. Every call raises Unavailable if the engine does not answer."""
+    """One pool of connections to one engine. Every call raises Unavailable if the engine does not answer."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.url = settings.engine_url.rstrip("/")
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        self.name = name_of(url)
+        self.view: View | None = None  # the last one; it stays while the engine is away
         self._http = httpx.AsyncClient(
             base_url=self.url,
             # No read limit: how long an answer takes is the engine's to say; a dead one closes its connections.
@@ -138,42 +82,89 @@ class EngineClient:
             trust_env=False,
             event_hooks={"request": [_name_request]},
         )
-        self._loaded: dict[str, Path] = {}  # what this client knows to be loaded; the engine is asked once a name
+        self._stale = False  # whether another engine may have come up at this address
+        self._looking: asyncio.Task[View] | None = None
+        self._loaded: dict[str, _Loaded] = {}  # what this client knows to be loaded
         self._locks: dict[str, asyncio.Lock] = {}
-        self._base: tuple[float, BaseModel] | None = None
+        self._waits: set[asyncio.Timeout] = set()  # for answers that have not begun
+        self._answers: set[Answer] = set()
 
     async def aclose(self) -> None:
+        if self._looking is not None:
+            self._looking.cancel()
         await self._http.aclose()
+
+    # What the engine holds
+
+    async def healthy(self, timeout: float) -> None:
+        """Raises Unavailable if the engine does not answer within `timeout` seconds, or says that it cannot work."""
+        try:
+            await self._send("GET", "/health", timeout=timeout)
+        except NotFound:  # a server without this call; it answers
+            pass
 
     async def models(self) -> list[dict[str, Any]]:
         """The engine's model cards."""
         response = await self._send("GET", "/v1/models", timeout=10.0)
-        return list(response.json()["data"])
+        try:
+            return [dict(card) for card in response.json()["data"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise Unavailable(f"what {self.name} answers is no list of models", code="engine_failed") from error
 
-    async def base(self, *, fresh: bool = False) -> BaseModel:
-        """The base model the engine holds, asked for at most every BASE_TTL seconds unless `fresh`."""
-        if self._base is not None and not fresh and time.monotonic() - self._base[0] < BASE_TTL:
-            return self._base[1]
+    async def look(self) -> View:
+        """Ask the engine what it holds. Who asks at the same time shares the answer."""
+        return await asyncio.shield(self.refresh())
+
+    def refresh(self) -> asyncio.Task[View]:
+        """Begin to ask the engine what it holds, for others to know soon."""
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.create_task(self._look())
+            self._looking.add_done_callback(lambda task: task.cancelled() or task.exception())  # seen, if nobody waits
+        return self._looking
+
+    async def _look(self) -> View:
+        began = time.monotonic()
         cards = await self.models()
-        card = next((c for c in cards if not c.get("parent")), None)
-        if card is None:
-            raise Unavailable("the engine names no base model")
-        own = card.get("lorry") or {}
-        template = own.get("template")
-        base = BaseModel(
-            name=card["id"],
-            root=card.get("root") or card["id"],
-            max_model_len=card.get("max_model_len"),
-            template=StoredTemplate.model_validate(template) if template else None,
-            load_in_4bit=own.get("load_in_4bit"),
-            created=int(card.get("created") or 0),
-        )
-        self._base = (time.monotonic(), base)
-        return base
+        try:
+            base = _base_of([c for c in cards if not c.get("parent")])
+            adapters = frozenset(str(c["id"]) for c in cards if c.get("parent"))
+        except (ValueError, KeyError, TypeError) as error:
+            raise Unavailable(f"{self.name} names no base model that can be read", code="engine_failed") from error
+        # Dropped for others, or forgotten in a restart: to be loaded again, here or elsewhere.
+        self._loaded = {n: known for n, known in self._loaded.items() if n in adapters or known.at > began}
+        self._stale = False
+        self.view = View(time.monotonic(), base, adapters)
+        return self.view
+
+    def old(self, seconds: float = BASE_TTL) -> bool:
+        """Whether what is known of the engine is older than this, or may be another engine's."""
+        return self.view is None or self._stale or time.monotonic() - self.view.at >= seconds
+
+    def doubt(self) -> None:
+        """What is known of the engine may no longer be so."""
+        self._stale = True
+
+    async def base(self) -> BaseModel:
+        """The base model the engine holds, asked for at most every BASE_TTL seconds."""
+        if self.view is None or self.old():
+            return (await self.look()).base
+        return self.view.base
 
     async def loaded(self) -> Collection[str]:
-        """Names of the adapters the engine holds."""
+        """Names of the adapters the engine holds now."""
         return [c["id"] for c in await self.models() if c.get("parent")]
+
+    def holds(self, target: Target) -> bool:
+        """Whether the engine has this adapter in memory, or is about to, as far as this client knows."""
+        known = self._loaded.get(target.name)
+        if known is not None:
+            return known.path == target.path
+        lock = self._locks.get(target.name)
+        return (lock is not None and lock.locked()) or (self.view is not None and target.name in self.view.adapters)
+
+    def adapters(self) -> int:
+        """How many adapters the engine holds, as far as this client knows."""
+        return len(self._loaded.keys() | (self.view.adapters if self.view else frozenset()))
 
     async def load(self, name: str, path: Path) -> None:
         """Load a folder under a name, in place of what had the name.
@@ -181,22 +172,38 @@ class EngineClient:
         Raises Conflict for an adapter of another base, Invalid for one that the engine cannot serve, NotFound for a
         folder that the engine cannot see.
         """
+        async with self._lock(name):
+            await self._load(name, path)
+
+    async def _ensure(self, name: str, path: Path, since: float | None) -> None:
+        """Load it unless it is known to be loaded, after `since` if that is given."""
+        known = self._loaded.get(name)
+        if known is not None and known.path == path and since is None:
+            return
+        async with self._lock(name):  # another request may have done it meanwhile
+            known = self._loaded.get(name)
+            if known is None or known.path != path or (since is not None and known.at < since):
+                await self._load(name, path)
+
+    def _lock(self, name: str) -> asyncio.Lock:
+        return self._locks.setdefault(name, asyncio.Lock())
+
+    async def _load(self, name: str, path: Path) -> None:
         body = {"lora_name": name, "lora_path": str(path.absolute())}
-        async with self._locks.setdefault(name, asyncio.Lock()):
-            self._loaded.pop(name, None)
-            try:
-                await self._send("POST", "/v1/load_lora_adapter", json=body)
-            except LorryError as error:
-                # vLLM does not replace a name.
-                if "already been loaded" not in error.message:
-                    raise
-                await self._send("POST", "/v1/unload_lora_adapter", json={"lora_name": name})
-                await self._send("POST", "/v1/load_lora_adapter", json=body)
-            self._loaded[name] = path
+        self._loaded.pop(name, None)
+        try:
+            await self._send("POST", "/v1/load_lora_adapter", json=body)
+        except LorryError as error:
+            # vLLM does not replace a name.
+            if "already been loaded" not in error.message:
+                raise
+            await self._send("POST", "/v1/unload_lora_adapter", json={"lora_name": name})
+            await self._send("POST", "/v1/load_lora_adapter", json=body)
+        self._loaded[name] = _Loaded(path, time.monotonic())
 
     async def unload(self, name: str) -> None:
         """Unload a name; nothing happens if it is not loaded."""
-        self._loaded.pop(name, None)
+        self._gone(lambda ref: ref == name)
         try:
             await self._send("POST", "/v1/unload_lora_adapter", json={"lora_name": name})
         except NotFound:
@@ -205,47 +212,70 @@ class EngineClient:
             if "cannot be found" not in error.message:
                 raise
 
-    @asynccontextmanager
-    async def generate(
-        self, body: Mapping[str, Any], target: Target | None, *, chat: bool = False
-    ) -> AsyncIterator[Generation]:
-        """Start a completion (or chat completion) and hand out its pieces; leaving the block aborts it.
+    def drop(self, name: str) -> None:
+        """Believe no longer that an adapter or its checkpoints are loaded."""
+        self._gone(lambda ref: is_of(ref, name))
 
-        `body` is the request without model and stream. With a target the adapter is loaded if the engine does not have
-        it, and once more if the engine has forgotten it. Raises what the engine's answer means: Invalid
-        (prompt_too_long, …), Unavailable (queue_full, …), Conflict (wrong_base), NotFound.
+    def _gone(self, test: Callable[[str], bool]) -> None:
+        self._loaded = {ref: known for ref, known in self._loaded.items() if not test(ref)}
+        if self.view is not None:
+            left = frozenset(ref for ref in self.view.adapters if not test(ref))
+            self.view = replace(self.view, adapters=left)
+
+    # Answers
+
+    async def open(self, body: Mapping[str, Any], target: Target, *, chat: bool, began: float) -> Answer:
+        """Start a completion (or chat completion); closing the answer aborts it. `began`: when the request came.
+
+        `body` is the request without model and stream. An adapter is loaded if the engine does not have it, and once
+        more if the engine has forgotten it. Raises what the engine's answer means: Invalid (prompt_too_long, …),
+        Unavailable (queue_full, …), Conflict (wrong_base), NotFound.
         """
-        began = time.monotonic()
-        response, sent = await self._open(dict(body), target, "/v1/chat/completions" if chat else "/v1/completions")
-        try:
-            yield Generation(response, began, sent, self.url)
-        finally:
-            await response.aclose()
-
-    async def _open(self, body: dict[str, Any], target: Target | None, path: str) -> tuple[httpx.Response, float]:
-        body |= {"stream": True, "stream_options": {"include_usage": True}}
-        if target is None:
-            body["model"] = (await self.base()).name
-        else:
-            body["model"] = target.name
-            if self._loaded.get(target.name) != target.path:
-                await self.load(target.name, target.path)
+        path = "/v1/chat/completions" if chat else "/v1/completions"
+        body = {**body, "stream": True, "stream_options": {"include_usage": True}}
+        body["model"] = await self._model(target)
         sent = time.monotonic()
         try:
-            return await self._stream(path, body), sent
+            response = await self._stream(path, body)
         except NotFound:
             # The engine has been started again since, or has dropped the adapter for others.
-            if target is None:
-                body["model"] = (await self.base(fresh=True)).name
-            else:
-                await self.load(target.name, target.path)
+            body["model"] = await self._model(target, since=sent)
             sent = time.monotonic()
-            return await self._stream(path, body), sent
+            response = await self._stream(path, body)
+        answer = Answer(response, began, sent, self.url)
+        self._answers.add(answer)
+        return answer
 
-    async def _stream(self, path: str, body: dict[str, Any]) -> httpx.Response:
+    async def close(self, answer: Answer) -> None:
+        self._answers.discard(answer)
+        await answer.aclose()
+
+    def cut_off(self, before: float) -> None:
+        """End every answer of which nothing has been heard since `before`, as if the engine had broken off."""
+        now = asyncio.get_running_loop().time()
+        for wait in self._waits:
+            wait.reschedule(now)
+        for answer in self._answers:
+            if answer.heard < before:
+                answer.cut()
+
+    async def _model(self, target: Target, since: float | None = None) -> str:
+        """What the engine calls it, made ready. `since`: when the engine was asked and did not know it."""
+        if target.path is not None:
+            await self._ensure(target.name, target.path, since)
+            return target.name
+        view = self.view
+        if view is None or self._stale or since is not None:
+            view = await self.look()
+        base = view.base
+        if base_key(target.base) not in base.keys:
+            raise Conflict(f"the engine at {self.name} holds {base.name} now, not {target.base}", code="wrong_base")
+        return base.name
+
+    async def _stream(self, path: str, body: Mapping[str, Any]) -> httpx.Response:
         request = self._http.build_request("POST", path, json=body)
         try:
-            response = await self._http.send(request, stream=True)
+            response = await self._answered(self._http.send(request, stream=True))
             if response.is_success:
                 return response
             try:
@@ -254,121 +284,64 @@ class EngineClient:
                 await response.aclose()
         except httpx.HTTPError as error:
             raise self._unreachable(error) from error
-        raise _error_from(response)
+        raise error_from(response)
 
     async def _send(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
         try:
-            response = await self._http.request(method, path, **kwargs)
+            response = await self._answered(self._http.request(method, path, **kwargs))
         except httpx.HTTPError as error:
             raise self._unreachable(error) from error
         if not response.is_success:
-            raise _error_from(response)
+            raise error_from(response)
         return response
 
-    def _unreachable(self, error: httpx.HTTPError) -> Unavailable:
-        self._base = None  # another engine may come up at this address
-        return _unreachable(self.url, error)
+    async def _answered(self, response: Awaitable[httpx.Response]) -> httpx.Response:
+        try:
+            async with asyncio.timeout(None) as wait:
+                self._waits.add(wait)
+                try:
+                    return await response
+                finally:
+                    self._waits.discard(wait)
+        except TimeoutError as error:  # cut_off
+            raise httpx.ReadTimeout("the engine says nothing") from error
+
+    def _unreachable(self, error: httpx.HTTPError) -> EngineAway:
+        self._stale = True  # another engine may come up at this address
+        return unreachable(self.name, error)
+
+
+def _base_of(cards: list[dict[str, Any]]) -> BaseModel:
+    """The first base, under all names that the cards give. Raises ValueError if there is none."""
+    if not cards:
+        raise ValueError("no base model")
+    card = cards[0]
+    own = card.get("lorry") or {}
+    template = own.get("template")
+    names = [str(c[key]) for c in cards for key in ("id", "root") if c.get(key)]
+    return BaseModel(
+        name=card["id"],
+        root=card.get("root") or card["id"],
+        max_model_len=card.get("max_model_len"),
+        template=StoredTemplate.model_validate(template) if template else None,
+        load_in_4bit=own.get("load_in_4bit"),
+        created=int(card.get("created") or 0),
+        keys=frozenset(map(base_key, names)),
+    )
+
+
+def name_of(url: str) -> str:
+    """An engine's name in messages and metrics: its host and port, without a password."""
+    parsed = httpx.URL(url)
+    return parsed.netloc.decode() + parsed.path.rstrip("/")
+
+
+def is_of(ref: str, name: str) -> bool:
+    """Whether a reference stands for the adapter of that name or one of its checkpoints."""
+    return ref == name or ref.startswith(f"{name}@")
 
 
 async def _name_request(request: httpx.Request) -> None:
     """The engine logs what it does for a request of ours under the same id."""
     if current := request_id():
         request.headers[REQUEST_ID_HEADER] = current
-
-
-def _unreachable(url: str, error: httpx.HTTPError) -> Unavailable:
-    reason = "does not answer" if isinstance(error, httpx.ConnectError | httpx.TimeoutException) else "broke off"
-    return Unavailable(f"the engine at {url} {reason} ({type(error).__name__})", code="engine_unavailable")
-
-
-def _ms(began: float) -> float:
-    return round((time.monotonic() - began) * 1000, 3)
-
-
-def _numeric(body: Mapping[str, Any]) -> bool:
-    return isinstance(body["error"], dict) and isinstance(body["error"].get("code"), int)
-
-
-def _error_from(response: httpx.Response) -> LorryError:
-    try:
-        body = response.json()
-    except ValueError:
-        body = {}
-    if not isinstance(body, dict):
-        body = {}
-    if "error" not in body:  # older vLLM puts the members at the top
-        body = {
-            "error": body if "message" in body else {"message": response.text[:500] or f"status {response.status_code}"}
-        }
-    retry = response.headers.get("retry-after", "")
-    return _error_of(body, response.status_code, int(retry) if retry.isdecimal() else 5)
-
-
-def _error_of(body: Mapping[str, Any], status: int, retry_after: int = 5) -> LorryError:
-    """The engine's error in our tree."""
-    detail: Mapping[str, Any] = body["error"] if isinstance(body["error"], dict) else {"message": str(body["error"])}
-    message, param = str(detail.get("message") or "the engine gave no reason"), detail.get("param")
-    code = detail.get("code") if isinstance(detail.get("code"), str) else None
-    if status == 404:
-        return NotFound(message, param=param, code=code or "model_not_found")
-    if status == 409:
-        return Conflict(message, param=param, code=code)
-    if status in (400, 413, 422):
-        lengths = {k: v for k, v in detail.items() if k in ("prompt_tokens", "max_tokens")}
-        if code is None and _TOO_LONG.search(message):
-            code, param = "prompt_too_long", "prompt"
-            lengths = _lengths(message)
-        return Invalid(message, param=param, code=code, extra=lengths)
-    if status in (429, 503) or code == "shutting_down":
-        return Unavailable(message, retry_after=retry_after, code=code)
-    return Unavailable(f"the engine failed: {message}", retry_after=retry_after, code=code or "engine_failed")
-
-
-def _lengths(message: str) -> dict[str, int]:
-    """Both lengths out of vLLM's sentence, if it names them."""
-    limit = re.search(r"length (?:is|of)(?: the model)?:?\s*\(?(\d+)|max_model_len\D+(\d+)", message)
-    asked = re.search(r"requested (\d+)|\(length (\d+)\)|(?:contains|has)(?: at least)? (\d+)", message)
-    found = {"prompt_tokens": asked, "max_tokens": limit}
-    return {k: int(next(g for g in m.groups() if g)) for k, m in found.items() if m}
-
-
-async def _events(response: httpx.Response) -> AsyncIterator[list[dict[str, Any]]]:
-    """The JSON bodies of an OpenAI event stream, those together that have come together.
-
-    Split by bytes: str.splitlines also splits inside JSON strings.
-    """
-    rest = b""
-    async for data in response.aiter_bytes():
-        *lines, rest = (rest + data).split(b"\n")
-        bodies: list[dict[str, Any]] = []
-        for line in lines:
-            if not line.startswith(b"data:"):
-                continue
-            payload = line[5:].strip()
-            if payload == b"[DONE]":
-                yield bodies
-                return
-            bodies.append(json.loads(payload.decode()))  # given bytes, it would look for their encoding each time
-        if bodies:
-            yield bodies
-    raise Unavailable("the engine broke off in the middle of an answer", code="engine_unavailable")
-
-
-def _tokens(logprobs: Mapping[str, Any] | None, offset: int) -> list[TokenInfo] | None:
-    """Log-probabilities of completions and of chat completions in one form, the likeliest first."""
-    if logprobs is None:
-        return None
-    if "content" in logprobs:
-        found = []
-        for t in logprobs["content"] or ():
-            top = [(x["token"], x["logprob"]) for x in t.get("top_logprobs") or ()]
-            found.append(TokenInfo(t["token"], t["logprob"], top, offset))
-            offset += len(t["token"])
-        return found
-    tops = logprobs.get("top_logprobs") or [None] * len(logprobs["tokens"])
-    return [
-        TokenInfo(token, value, sorted((top or {}).items(), key=lambda item: -item[1]), place)
-        for token, value, top, place in zip(
-            logprobs["tokens"], logprobs["token_logprobs"], tops, logprobs["text_offset"], strict=True
-        )
-    ]

@@ -39,7 +39,8 @@ class EngineTransport(httpx.AsyncBaseTransport):
             connection.transport.abort()
             raise
         stream = _Body(connection, timeouts.get("read"))
-        return httpx.Response(connection.status, headers=connection.headers, stream=stream)
+        abort = {"abort": connection.transport.abort}  # whoever reads sees the connection break
+        return httpx.Response(connection.status, headers=connection.headers, stream=stream, extensions=abort)
 
 
 class _Body(httpx.AsyncByteStream):

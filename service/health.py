@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any, Literal
 
 import httpx
@@ -16,6 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from service.db import Database
 from service.deps import DbDep, QueueDep, SettingsDep
+from service.engine_client import name_of
 from service.errors import Invalid
 from service.jobs import repository
 from service.migrate import is_current
@@ -107,8 +109,20 @@ def _workers(queue: JobQueue) -> Part:
 
 
 def _engine(settings: Settings) -> Part:
+    """Ready if one engine is; each is named if there are several."""
+    urls = settings.engine_urls
+    with ThreadPoolExecutor(len(urls)) as pool:
+        parts = list(pool.map(_one_engine, urls))
+    if len(parts) == 1:
+        return parts[0]
+    ready = sum(part.ok for part in parts)
+    each = "; ".join(f"{name_of(url)}: {part.detail}" for url, part in zip(urls, parts, strict=True))
+    return Part(ok=ready > 0, detail=f"{ready} of {len(parts)} ready: {each}")
+
+
+def _one_engine(url: str) -> Part:
     try:
-        answer = httpx.get(f"{settings.engine_url.rstrip('/')}/health", timeout=2, trust_env=False)
+        answer = httpx.get(f"{url}/health", timeout=2, trust_env=False)
     except httpx.HTTPError as error:
         return Part(ok=False, detail=f"no answer ({type(error).__name__}); start `lorry engine`")
     return Part(ok=answer.is_success, detail=f"status {answer.status_code}")

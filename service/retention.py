@@ -123,12 +123,15 @@ def plan(db: Database, settings: Settings, now: float | None = None) -> list[Ite
 
 
 def loaded(settings: Settings) -> frozenset[str]:
-    """Names the engine holds; none if it does not answer: then it serves nothing."""
-    try:
-        answer = httpx.get(f"{settings.engine_url.rstrip('/')}/v1/models", timeout=2, trust_env=False)
-        return frozenset(str(card["id"]) for card in answer.raise_for_status().json()["data"])
-    except (httpx.HTTPError, ValueError, KeyError, TypeError):
-        return frozenset()
+    """Names that the engines hold; one that does not answer serves nothing."""
+    names: set[str] = set()
+    for url in settings.engine_urls:
+        try:
+            answer = httpx.get(f"{url}/v1/models", timeout=2, trust_env=False)
+            names |= {str(card["id"]) for card in answer.raise_for_status().json()["data"]}
+        except (httpx.HTTPError, ValueError, KeyError, TypeError):
+            continue
+    return frozenset(names)
 
 
 def _uploads(session: Session, settings: Settings, now: float) -> Iterator[Item]:

@@ -6,6 +6,7 @@ import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SecretsSettingsSource, SettingsConfigDict
@@ -41,7 +42,10 @@ class Settings(BaseSettings):
         "auto",
         description="Jobs that a worker takes, by need: any, cpu, gpu, pool:NAME, separated by commas, the first ones first; auto: any and cpu, and before them gpu where there is an NVIDIA GPU.",
     )
-    engine_url: str = Field("http://127.0.0.1:8322", description="Generation engine (lorry engine, or a vLLM server).")
+    engine_url: str = Field(
+        "http://127.0.0.1:8322",
+        description="Generation engine (lorry engine, or a vLLM server); several, of one base or of different ones, separated by commas.",
+    )
     engine_host: str = Field("127.0.0.1", description="Address `lorry engine` listens on.")
     engine_port: int = Field(8322, ge=0, le=65535, description="Port `lorry engine` listens on.")
     engine_dtype: str = Field(
@@ -138,6 +142,29 @@ class Settings(BaseSettings):
         90.0, ge=0, description="Days after a job's end that its log and TensorBoard files stay; inf: for good."
     )
 
+    @field_validator("engine_url")
+    @classmethod
+    def _check_engine_url(cls, text: str) -> str:
+        seen: set[str] = set()
+        for url in _listed(text):
+            parts = urlsplit(url)
+            where = parts.netloc.rpartition("@")[2] + parts.path
+            if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+                raise ValueError(
+                    f"{where or url!r} is no engine's URL; give e.g. http://engine:8322, several with commas between"
+                )
+            if where in seen:
+                raise ValueError(f"{where} is named twice")
+            seen.add(where)
+        if not seen:
+            raise ValueError("names no engine")
+        return text
+
+    @property
+    def engine_urls(self) -> list[str]:
+        """The engines' URLs, in the order in which they are named."""
+        return _listed(self.engine_url)
+
     @field_validator("worker_queues")
     @classmethod
     def _check_worker_queues(cls, text: str) -> str:
@@ -183,6 +210,10 @@ class Settings(BaseSettings):
     @property
     def exports_dir(self) -> Path:
         return self.data_dir / "exports"
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip().rstrip("/") for part in text.split(",") if part.strip()]
 
 
 @lru_cache(maxsize=1)

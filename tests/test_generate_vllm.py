@@ -153,7 +153,7 @@ def test_a_name_that_stands_for_other_files_is_replaced(
 ) -> None:
     before = generate(api, adapter="one", prompt="x")["text"]
     engine.load("one", folders["two"])
-    api.app.state.engine._loaded.clear()  # as in an API that was started since
+    api.app.state.engine.engines[0]._loaded.clear()  # as in an API that was started since
     assert generate(api, adapter="one", prompt="x")["text"] == before
 
 

@@ -10,7 +10,8 @@ from starlette.concurrency import run_in_threadpool
 from service.adapters import repository, schemas, service
 from service.db import Database
 from service.deps import DbDep, EngineDep, SettingsDep
-from service.engine_client import EngineClient
+from service.engine_client import Target
+from service.engines import Engines
 from service.errors import LorryError
 from service.json_body import Storable
 from service.models import AdapterRow
@@ -50,7 +51,7 @@ async def change(
         raise service.taken(body.name, "is the base model's name")
     row = await run_in_threadpool(service.change, db, name, new_name=body.name, pinned=body.pinned)
     if row.name != name:
-        await _unload_all(engine, name)
+        await engine.forget(name)
     return await _answer(row, engine)
 
 
@@ -58,19 +59,19 @@ async def change(
 async def delete(name: Name, db: DbDep, engine: EngineDep) -> Deleted:
     """Its files and its job's checkpoints go too. 409 while an unfinished job needs it."""
     await run_in_threadpool(service.delete, db, name)
-    await _unload_all(engine, name)
+    await engine.forget(name)
     return Deleted(id=name, object="adapter")
 
 
-@router.post("/{name}/load", response_model=schemas.Loaded, summary="Load into the engine")
+@router.post("/{name}/load", response_model=schemas.Loaded, summary="Load into an engine")
 async def load(name: Ref, db: DbDep, engine: EngineDep) -> schemas.Loaded:
-    """/generate does this by itself; here the first request need not wait for it."""
+    """/generate does this by itself; here the first request need not wait for it. Of several engines, into one."""
     found = await run_in_threadpool(_resolve, db, name)
-    await engine.load(found.ref, found.path)
+    await engine.load(Target(found.ref, found.path, found.base))
     return schemas.Loaded(name=found.ref, loaded=True)
 
 
-@router.post("/{name}/unload", response_model=schemas.Loaded, summary="Unload from the engine")
+@router.post("/{name}/unload", response_model=schemas.Loaded, summary="Unload from every engine")
 async def unload(name: Ref, db: DbDep, engine: EngineDep) -> schemas.Loaded:
     """Nothing happens if it is not loaded."""
     found = await run_in_threadpool(_resolve, db, name)
@@ -88,24 +89,14 @@ def _resolve(db: Database, ref: str) -> service.Resolved:
         return service.resolve(session, ref)
 
 
-async def _answer(row: AdapterRow, engine: EngineClient) -> schemas.Adapter:
+async def _answer(row: AdapterRow, engine: Engines) -> schemas.Adapter:
     loaded = await _loaded(engine)
     return schemas.adapter(row, None if loaded is None else row.name in loaded)
 
 
-async def _loaded(engine: EngineClient) -> set[str] | None:
-    """Names the engine holds; None if it does not answer."""
+async def _loaded(engine: Engines) -> set[str] | None:
+    """Names that any engine holds; None if none answers."""
     try:
         return set(await engine.loaded())
     except LorryError:
         return None
-
-
-async def _unload_all(engine: EngineClient, name: str) -> None:
-    """An adapter and its checkpoints leave the engine; one that is away holds nothing anyway."""
-    for ref in await _loaded(engine) or ():
-        if ref == name or ref.startswith(f"{name}@"):
-            try:
-                await engine.unload(ref)
-            except LorryError:
-                continue

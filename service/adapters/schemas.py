@@ -32,7 +32,7 @@ class Adapter(BaseModel):
     template: dict[str, Any] = Field(description="The template it was trained with, with which it is prompted.")
     parent: str | None = Field(description="Adapter it was started from.")
     bytes: int = Field(description="Size on disk.")
-    loaded: bool | None = Field(description="Whether the engine holds it now; null if the engine does not answer.")
+    loaded: bool | None = Field(description="Whether an engine holds it now; null if none answers.")
     pinned: bool = Field(description="Pinned adapters are kept by clean-ups.")
     servable_by: Servable = Field(description="Which engines can serve it.")
     eval_loss: float | None = Field(description="Evaluation loss at its step, in nats per token.")
@@ -41,7 +41,7 @@ class Adapter(BaseModel):
 
 class Loaded(BaseModel):
     name: str = Field(description="What was loaded or unloaded.")
-    loaded: bool = Field(description="Whether the engine holds it now.")
+    loaded: bool = Field(description="Whether an engine holds it now.")
 
 
 class Change(BaseModel):

@@ -10,9 +10,9 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from service.db import Database
-from service.deps import DbDep, SettingsDep
+from service.deps import DbDep, EngineDep, SettingsDep
 from service.disconnect import ClientGone, unless_gone
-from service.engine_client import EngineClient, Generation
+from service.engines import Engines, Generation
 from service.errors import LorryError
 from service.generate import service
 from service.generate.schemas import GenerateRequest, GenerateResponse
@@ -38,14 +38,14 @@ _EVENTS = {
     summary="Generate text with an adapter or the base",
     responses={200: _EVENTS},
 )
-async def generate(body: GenerateRequest, request: Request, db: DbDep, settings: SettingsDep) -> Any:
+async def generate(body: GenerateRequest, request: Request, db: DbDep, engine: EngineDep, settings: SettingsDep) -> Any:
     """The prompt is rendered with the template that was stored when the adapter was trained. The adapter is loaded
-    into the engine if it is not there yet. A client that disconnects ends its generation."""
-    engine: EngineClient = request.app.state.engine
+    into an engine if none has it yet. A client that disconnects ends its generation."""
     source = await _source(body, db, engine)
     call = service.call_of(body, source)
     stack = AsyncExitStack()
-    opened = stack.enter_async_context(engine.generate(call.body, source.target, chat=call.chat))
+    answer = engine.generate(call.body, source.target, chat=call.chat, whole=not body.stream)
+    opened = stack.enter_async_context(answer)
     gen_id = new_id("gen")
     try:
         # Before the first byte of the answer: what is wrong with the request still gets its own status.
@@ -63,9 +63,11 @@ async def generate(body: GenerateRequest, request: Request, db: DbDep, settings:
     )
 
 
-async def _source(body: GenerateRequest, db: Database, engine: EngineClient) -> service.Source:
+async def _source(body: GenerateRequest, db: Database, engine: Engines) -> service.Source:
     if body.adapter is None:
-        return await service.base_source(engine)
+        usual = await service.base_source(engine)
+        assert usual is not None
+        return usual
     return await asyncio.to_thread(service.find, db, body.adapter)
 
 

@@ -8,7 +8,8 @@ from typing import Any, cast
 
 from service.adapters.service import Resolved, resolve
 from service.db import Database
-from service.engine_client import EngineClient, Generation, Target
+from service.engine_client import Target
+from service.engines import Engines, Generation
 from service.errors import Invalid, Unavailable
 from service.generate.schemas import (
     GenerateRequest,
@@ -24,12 +25,12 @@ from service.templates import StoredTemplate, render_generation
 
 @dataclass(frozen=True)
 class Source:
-    """What answers: an adapter (`target`) or the base, and the template its prompts are rendered with.
+    """What answers, and the template its prompts are rendered with.
 
     `template` is None for the base of an engine that does not tell it (vLLM); that engine then renders by itself.
     """
 
-    target: Target | None
+    target: Target
     template: StoredTemplate | None
 
 
@@ -37,11 +38,13 @@ def find(db: Database, ref: str) -> Source:
     """An adapter or checkpoint by reference. Raises NotFound (adapter_not_found)."""
     with db.read() as session:
         found: Resolved = resolve(session, ref)
-    return Source(Target(found.ref, found.path), StoredTemplate.model_validate(found.template))
+    return Source(Target(found.ref, found.path, found.base), StoredTemplate.model_validate(found.template))
 
 
-async def base_source(engine: EngineClient) -> Source:
-    return Source(None, (await engine.base()).template)
+async def base_source(engine: Engines, name: str | None = None) -> Source | None:
+    """The base of this name, None if no engine holds it; without a name the usual one."""
+    base = await engine.base(name)
+    return Source(Target(base.name, None, base.name), base.template) if base is not None else None
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from pydantic import BaseModel, Field
 from sqlalchemy import select
 
 from service.db import Database
-from service.deps import DbDep, SettingsDep
+from service.deps import DbDep, EngineDep, SettingsDep
 from service.disconnect import ClientGone, unless_gone
-from service.engine_client import EngineClient, Generation
+from service.engines import Engines, Generation
 from service.errors import LorryError, NotFound
 from service.generate.service import EngineCall, Source, base_source, engine_call, find, finish_reason
 from service.ids import new_id
@@ -23,6 +23,7 @@ from service.json_body import Writable
 from service.models import AdapterRow
 from service.openai.schemas import ChatCompletionRequest, CompletionRequest, SamplingBody
 from service.openai.wire import DONE, ChatWriter, CompletionWriter, Piece, Writer, event
+from service.settings import Settings
 from service.shutdown import stopping
 from service.sse import EventStream
 
@@ -47,26 +48,23 @@ class Model(BaseModel):
 
 class ModelList(BaseModel):
     object: Literal["list"] = Field("list", description="Always 'list'.")
-    data: list[Model] = Field(description="The base, then every adapter that is ready.")
+    data: list[Model] = Field(description="The bases, then every adapter that is ready.")
 
 
 @router.get("/models", response_model=ModelList, summary="List models")
-async def list_models(request: Request, db: DbDep, settings: SettingsDep) -> ModelList:
-    """The base the engine holds and every adapter that is ready, loaded or not."""
-    base = await _base_model(request.app.state.engine, settings.base_model)
-    rows = await asyncio.to_thread(_ready, db)
-    return ModelList(data=[base, *rows])
+async def list_models(db: DbDep, engine: EngineDep, settings: SettingsDep) -> ModelList:
+    """The bases the engines hold and every adapter that is ready, loaded or not."""
+    return ModelList(data=await _models(db, engine, settings))
 
 
 @router.get("/models/{model:path}", response_model=Model, summary="Retrieve a model")
 async def retrieve_model(
-    model: Annotated[str, Path(description="A model's id; the base's may hold slashes.")],
-    request: Request,
+    model: Annotated[str, Path(description="A model's id; a base's may hold slashes.")],
     db: DbDep,
+    engine: EngineDep,
     settings: SettingsDep,
 ) -> Model:
-    base = await _base_model(request.app.state.engine, settings.base_model)
-    found = base if model == base.id else next((m for m in await asyncio.to_thread(_ready, db) if m.id == model), None)
+    found = next((m for m in await _models(db, engine, settings) if m.id == model), None)
     if found is None:
         raise _no_model(model)
     return found
@@ -75,9 +73,11 @@ async def retrieve_model(
 @router.post(
     "/completions", response_model=None, dependencies=[Writable], summary="Complete a prompt", responses=_STREAM
 )
-async def completions(body: CompletionRequest, request: Request, db: DbDep, settings: SettingsDep) -> Response:
+async def completions(
+    body: CompletionRequest, request: Request, db: DbDep, engine: EngineDep, settings: SettingsDep
+) -> Response:
     """OpenAI's completions. A text prompt gets the model's BOS if it wants one; token ids are taken as they are."""
-    source = await _source(body.model, db, request.app.state.engine)
+    source = await _source(body.model, db, engine)
     sampling = {**_sampling(body), "max_tokens": body.max_tokens, "logprobs": body.logprobs}
     prompts = body.prompts
     if isinstance(prompts[0], str):
@@ -87,7 +87,8 @@ async def completions(body: CompletionRequest, request: Request, db: DbDep, sett
     else:
         call = EngineCall({**engine_call(source, sampling, body.stops, prompt="").body, "prompt": prompts})
     writer = CompletionWriter(new_id("cmpl"), body.model, with_token_ids=bool(body.return_token_ids))
-    return await _respond(request, settings.sse_ping_seconds, body, source, call, writer, len(prompts) * body.n)
+    choices = len(prompts) * body.n
+    return await _respond(request, engine, settings.sse_ping_seconds, body, source, call, writer, choices)
 
 
 @router.post(
@@ -97,9 +98,11 @@ async def completions(body: CompletionRequest, request: Request, db: DbDep, sett
     summary="Answer a conversation",
     responses=_STREAM,
 )
-async def chat_completions(body: ChatCompletionRequest, request: Request, db: DbDep, settings: SettingsDep) -> Response:
+async def chat_completions(
+    body: ChatCompletionRequest, request: Request, db: DbDep, engine: EngineDep, settings: SettingsDep
+) -> Response:
     """OpenAI's chat completions. The conversation is rendered with the template stored with the adapter."""
-    source = await _source(body.model, db, request.app.state.engine)
+    source = await _source(body.model, db, engine)
     sampling = {**_sampling(body), "max_tokens": body.limit, "logprobs": body.num_logprobs}
     call = engine_call(
         source, sampling, body.stops, messages=[m.plain() for m in body.messages], tools=body.offered_tools
@@ -107,7 +110,7 @@ async def chat_completions(body: ChatCompletionRequest, request: Request, db: Db
     writer = ChatWriter(
         new_id("chatcmpl"), body.model, top_logprobs=body.top_logprobs or 0, with_token_ids=bool(body.return_token_ids)
     )
-    return await _respond(request, settings.sse_ping_seconds, body, source, call, writer, body.n)
+    return await _respond(request, engine, settings.sse_ping_seconds, body, source, call, writer, body.n)
 
 
 def _sampling(body: SamplingBody) -> dict[str, Any]:
@@ -122,14 +125,15 @@ def _sampling(body: SamplingBody) -> dict[str, Any]:
     return out
 
 
-async def _source(model: str, db: Database, engine: EngineClient) -> Source:
-    """The base by its name, else an adapter. Raises NotFound (model_not_found)."""
+async def _source(model: str, db: Database, engine: Engines) -> Source:
+    """An adapter, else a base by its name. Raises NotFound (model_not_found)."""
     try:
         return await asyncio.to_thread(find, db, model)
     except NotFound as error:
-        if model == (await engine.base()).name:
-            return await base_source(engine)
-        raise _no_model(model, error.message) from error
+        base = await base_source(engine, model)
+        if base is None:
+            raise _no_model(model, error.message) from error
+        return base
 
 
 def _no_model(model: str, reason: str = "") -> NotFound:
@@ -138,13 +142,13 @@ def _no_model(model: str, reason: str = "") -> NotFound:
     )
 
 
-async def _base_model(engine: EngineClient, configured: str) -> Model:
-    """The engine's, or the configured one while the engine is away: a list that shrinks then would mislead."""
+async def _models(db: Database, engine: Engines, settings: Settings) -> list[Model]:
+    """Bases, then adapters; the configured base while no engine has answered yet: a list that shrinks would mislead."""
     try:
-        base = await engine.base()
+        bases = [Model(id=base.name, created=base.created, parent=None) for base in await engine.bases()]
     except LorryError:
-        return Model(id=configured, created=0, parent=None)
-    return Model(id=base.name, created=base.created, parent=None)
+        bases = [Model(id=settings.base_model, created=0, parent=None)]
+    return [*bases, *await asyncio.to_thread(_ready, db)]
 
 
 def _ready(db: Database) -> list[Model]:
@@ -155,6 +159,7 @@ def _ready(db: Database) -> list[Model]:
 
 async def _respond(
     request: Request,
+    engine: Engines,
     ping: float,
     body: SamplingBody,
     source: Source,
@@ -162,9 +167,9 @@ async def _respond(
     writer: Writer,
     choices: int,
 ) -> Response:
-    engine: EngineClient = request.app.state.engine
     stack = AsyncExitStack()
-    opened = stack.enter_async_context(engine.generate(call.body, source.target, chat=call.chat))
+    answer = engine.generate(call.body, source.target, chat=call.chat, whole=not body.stream)
+    opened = stack.enter_async_context(answer)
     try:
         generation = await unless_gone(request, opened)
         if not body.stream:
