@@ -43,11 +43,11 @@ class Timings:
 class Answer:
     """The pieces of one engine's answer as they come; `usage` and `timings` are right once the last one has come."""
 
-    def __init__(self, response: httpx.Response, began: float, sent: float, url: str) -> None:
+    def __init__(self, response: httpx.Response, began: float, sent: float, name: str) -> None:
         self.usage = Usage()
         self.timings = Timings(queue_ms=_ms(began))
         self.heard = sent  # when something last came, on time.monotonic's clock
-        self._url = url
+        self._name = name  # of the engine
         self._response = response
         self._began = began
         self._offset = (sent - began) * 1000  # what passed before the engine's own clock started
@@ -80,7 +80,7 @@ class Answer:
                 if batch:
                     yield batch
         except httpx.HTTPError as error:
-            raise unreachable(self._url, error) from error
+            raise unreachable(self._name, error) from error
         self.timings.total_ms = _ms(self._began)
         if told:
             for name in ("queue_ms", "first_token_ms", "total_ms"):
@@ -110,11 +110,11 @@ class Answer:
         )
 
 
-def unreachable(url: str, error: httpx.HTTPError) -> EngineAway:
+def unreachable(name: str, error: httpx.HTTPError) -> EngineAway:
     refused = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
     silent = isinstance(error, httpx.TimeoutException)
     reason = "does not answer" if refused or silent else "broke off"
-    return EngineAway(f"the engine at {url} {reason} ({type(error).__name__})", begun=not refused, silent=silent)
+    return EngineAway(f"the engine at {name} {reason} ({type(error).__name__})", begun=not refused, silent=silent)
 
 
 def _ms(began: float) -> float:

@@ -242,7 +242,7 @@ class EngineClient:
             body["model"] = await self._model(target, since=sent)
             sent = time.monotonic()
             response = await self._stream(path, body)
-        answer = Answer(response, began, sent, self.url)
+        answer = Answer(response, began, sent, self.name)
         self._answers.add(answer)
         return answer
 
