@@ -162,6 +162,18 @@ def test_a_queue_without_a_worker_is_told_of_once_it_has_been_so_for_a_while() -
     assert watch.unheard(["q:gpu"]) == ["q:gpu"]
 
 
+def test_reconcile_logs_a_queue_without_a_worker_once(
+    host: Host, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("service.reconcile._UNHEARD_SECONDS", 0.0)
+    submit(host, "pool:a")
+    for _ in range(3):
+        host.reconcile()
+    said = [r.getMessage() for r in caplog.records if "no worker takes jobs" in r.getMessage()]
+    assert len(said) == 1
+    assert f"{host.queue.name}:pool:a, where 1 wait" in said[0]
+
+
 # Jobs on them
 
 
