@@ -38,24 +38,24 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 RUN python -m venv /opt/lorry
 
 FROM build AS build-api
-COPY locks/api.txt locks/
+COPY locks/api.txt locks/s3.txt locks/
 RUN --mount=type=cache,target=/root/.cache/pip \
-    /opt/lorry/bin/pip install --no-deps --only-binary :all: -r locks/api.txt \
+    /opt/lorry/bin/pip install --no-deps --only-binary :all: -r locks/api.txt -r locks/s3.txt \
     && /opt/lorry/bin/pip install --no-deps /wheel/*.whl
 
 FROM build AS build-worker
 COPY scripts/gguf-tools scripts/
-COPY locks/gpu.txt locks/gguf.txt locks/gguf-converter.txt locks/
+COPY locks/gpu.txt locks/s3.txt locks/gguf.txt locks/gguf-converter.txt locks/
 RUN --mount=type=cache,target=/root/.cache/pip \
-    /opt/lorry/bin/pip install --no-deps --only-binary :all: -r locks/gpu.txt \
+    /opt/lorry/bin/pip install --no-deps --only-binary :all: -r locks/gpu.txt -r locks/s3.txt \
     && scripts/gguf-tools /opt/lorry/bin/python \
     && /opt/lorry/bin/pip install --no-deps /wheel/*.whl
 
 FROM build AS build-cpu
 COPY scripts/gguf-tools scripts/
-COPY locks/cpu.txt locks/gguf.txt locks/gguf-converter.txt locks/
+COPY locks/cpu.txt locks/s3.txt locks/gguf.txt locks/gguf-converter.txt locks/
 RUN --mount=type=cache,target=/root/.cache/pip \
-    /opt/lorry/bin/pip install --no-deps --only-binary :all: -r locks/cpu.txt \
+    /opt/lorry/bin/pip install --no-deps --only-binary :all: -r locks/cpu.txt -r locks/s3.txt \
     && { /opt/lorry/bin/python -c 'import torch' \
          || { echo "PyPI's torch is built for CUDA: set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU wheels" >&2; exit 1; }; } \
     && scripts/gguf-tools /opt/lorry/bin/python \

@@ -8,7 +8,6 @@ another reading.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -26,12 +25,14 @@ from sqlalchemy.orm import Session
 from service import __version__
 from service.archive import BackupError, Writer, writing
 from service.db import Database
-from service.files.service import file_path
+from service.files.service import file_key
+from service.jobs.repository import final_run
 from service.jobs.states import FINAL
 from service.migrate import head, revision_of
 from service.models import AdapterRow, ArtifactRow, Base, CheckpointRow, FileRow, JobRow
 from service.retention import RESUME_FILES, needed
 from service.settings import Settings
+from service.storage import Storage, open_storage
 
 FORMAT = 1
 _TRIES = 6
@@ -45,7 +46,7 @@ class Thing:
 
     table: str
     key: tuple[Any, ...]
-    source: Path  # a file, or a folder of which all is wanted but `without`
+    source: str  # in the data root: a file, or a folder of which all is wanted but `without`
     place: str
     bytes: int | None = None  # what the row says
     sha256: str | None = None
@@ -112,6 +113,7 @@ def _gather(
 ) -> tuple[Report, list[Thing]]:
     """Read the rows and pin their files, again if something vanished in between; the rows of what is gone are dropped."""
     rows.mkdir()
+    storage = open_storage(settings)
     for attempt in range(_TRIES):
         last = attempt == _TRIES - 1
         with snapshot(db) as session:
@@ -119,8 +121,8 @@ def _gather(
             left_out: dict[str, set[tuple[Any, ...]]] = {"checkpoints": set(), "artifacts": set()}
             things: list[Thing] = []
             gone: list[Thing] = []
-            for thing in _choose(session, settings, exports, checkpoints, left_out):
-                whole = _pin(thing, pinned, exact=not last)
+            for thing in _choose(session, storage, exports, checkpoints, left_out):
+                whole = _pin(storage, thing, pinned, exact=not last)
                 (things if whole or thing.optional else gone).append(thing)
             if not gone or last:
                 report = Report({table.name: _dump(session, table, rows) for table in Base.metadata.sorted_tables})
@@ -204,7 +206,7 @@ def _place(rows: Path, table: Table, places: dict[tuple[str, tuple[Any, ...]], s
 
 def _choose(
     session: Session,
-    settings: Settings,
+    storage: Storage,
     exports: bool,
     checkpoints: bool,
     left_out: dict[str, set[tuple[Any, ...]]],
@@ -220,13 +222,13 @@ def _choose(
         required, without = (_RESUMABLE_FILES, ()) if live else (_ADAPTER_FILES, RESUME_FILES)
         # Of a finished job's, optimizer states may be gone already, and are left out: the row's size says nothing then.
         size = row.bytes if live else None
-        yield Thing("checkpoints", key, Path(row.path), place, size, required=required, without=without)
+        yield Thing("checkpoints", key, row.path, place, size, required=required, without=without)
     for file in session.scalars(select(FileRow)).all():
-        path = file_path(settings, file)
-        yield Thing("files", (file.id,), path, f"files/{path.name}", file.bytes, file.sha256)
+        where = file_key(file)
+        yield Thing("files", (file.id,), where, where, file.bytes, file.sha256)
     for adapter in session.scalars(select(AdapterRow).where(AdapterRow.path.is_not(None))).all():
-        path = Path(str(adapter.path))
-        place = f"adapters/{path.name}"
+        path = str(adapter.path)
+        place = f"adapters/{Path(path).name}"
         yield Thing("adapters", (adapter.name,), path, place, adapter.bytes, required=_ADAPTER_FILES)
     for artifact in session.scalars(select(ArtifactRow)).all():
         named = (artifact.job_id, artifact.path)
@@ -234,27 +236,29 @@ def _choose(
             left_out["artifacts"].add(named)
             continue
         place = f"exports/{artifact.job_id}/{artifact.path}"
-        source = settings.exports_dir / artifact.job_id / artifact.path
-        yield Thing("artifacts", named, source, place, artifact.bytes, artifact.sha256)
-    for job_id in session.scalars(select(JobRow.id)).all():
-        log = settings.job_dir(job_id) / "log.txt"
-        if log.is_file():
-            yield Thing("jobs", (job_id,), log, f"jobs/{job_id}/log.txt", optional=True)
+        folder = storage.own_key(f"exports/{artifact.job_id}", final_run(session, artifact.job_id))
+        yield Thing("artifacts", named, f"{folder}/{artifact.path}", place, artifact.bytes, artifact.sha256)
+    if storage.remote:
+        logs = [f"jobs/{name}" for name in storage.files("jobs") if name.count("/") == 1 and "/log.txt" in name]
+    else:
+        logs = [f"jobs/{job_id}/log.txt" for job_id in session.scalars(select(JobRow.id))]
+    for log in logs:
+        yield Thing("jobs", (log.split("/")[1],), log, log, optional=True)
 
 
-def _pin(thing: Thing, pinned: Path, *, exact: bool) -> bool:
-    """Link a thing's files, so that they stay; False if it is not whole. With `exact`, as large as its row says."""
-    root = thing.source
+def _pin(storage: Storage, thing: Thing, pinned: Path, *, exact: bool) -> bool:
+    """Link to a thing's files, so that they stay; False if it is not whole. With `exact`, as large as its row says."""
     try:
-        before = _listing(root)
+        before = storage.files(thing.source)
         thing.files = {}
         for relative in before:
             if relative in thing.without:
                 continue
-            source = root / relative if relative else root
+            source = f"{thing.source}/{relative}" if relative else thing.source
             name = f"{thing.place}/{relative}" if relative else thing.place
-            thing.files[name] = _link(source, pinned / "data" / name)
-        whole = before == _listing(root) and {f"{thing.place}/{r}" for r in thing.required} <= thing.files.keys()
+            thing.files[name] = storage.pin(source, pinned / "data" / name)
+        whole = bool(before) and before.keys() == storage.files(thing.source).keys()
+        whole = whole and {f"{thing.place}/{r}" for r in thing.required} <= thing.files.keys()
         if exact and thing.bytes is not None:
             whole = whole and sum(p.stat().st_size for p in thing.files.values()) == thing.bytes
     except FileNotFoundError:
@@ -262,27 +266,6 @@ def _pin(thing: Thing, pinned: Path, *, exact: bool) -> bool:
     if not whole:
         thing.files = {}
     return whole
-
-
-def _listing(root: Path) -> list[str]:
-    """Files below a folder, relative; of a file, only the empty name. Raises FileNotFoundError."""
-    if root.is_dir():
-        return sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
-    root.stat()
-    return [""]
-
-
-def _link(source: Path, target: Path) -> Path:
-    """Hard-link a file; where the file system has none, its own path must do."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.unlink(missing_ok=True)  # from the try before
-    try:
-        os.link(source, target)
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.EXDEV, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
-            raise
-        return source
-    return target
 
 
 def _copy(writer: Writer, thing: Thing, report: Report) -> None:

@@ -20,6 +20,7 @@ from service.engine_answer import Answer, EngineAway, error_from, unreachable
 from service.engine_transport import EngineTransport
 from service.errors import Conflict, LorryError, NotFound, Unavailable
 from service.logs import REQUEST_ID_HEADER, request_id
+from service.storage import Storage
 from service.templates import StoredTemplate
 
 BASE_TTL = 30.0  # seconds for which what an engine said of its base is believed
@@ -68,7 +69,8 @@ class _Loaded:
 class EngineClient:
     """One pool of connections to one engine. Every call raises Unavailable if the engine does not answer."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, storage: Storage) -> None:
+        self._storage = storage
         self.url = url.rstrip("/")
         self.name = name_of(url)
         self.view: View | None = None  # the last one; it stays while the engine is away
@@ -189,7 +191,7 @@ class EngineClient:
         return self._locks.setdefault(name, asyncio.Lock())
 
     async def _load(self, name: str, path: Path) -> None:
-        body = {"lora_name": name, "lora_path": str(path.absolute())}
+        body = {"lora_name": name, "lora_path": await self._address(path)}
         self._loaded.pop(name, None)
         try:
             await self._send("POST", "/v1/load_lora_adapter", json=body)
@@ -200,6 +202,16 @@ class EngineClient:
             await self._send("POST", "/v1/unload_lora_adapter", json={"lora_name": name})
             await self._send("POST", "/v1/load_lora_adapter", json=body)
         self._loaded[name] = _Loaded(path, time.monotonic())
+
+    async def _address(self, path: Path) -> str:
+        """By what the engine finds a folder of the data root. Raises NotFound and StorageUnavailable."""
+        if self._storage.remote and (await self.base()).template is None:
+            # vLLM, which reads folders: it has to see this host's cache.
+            try:
+                return str(await asyncio.to_thread(self._storage.fetch, path))
+            except FileNotFoundError as error:
+                raise NotFound(f"no adapter found: {error}", code="adapter_not_found") from error
+        return self._storage.address(path)
 
     async def unload(self, name: str) -> None:
         """Unload a name; nothing happens if it is not loaded."""

@@ -13,6 +13,7 @@ import time
 from service.engine_answer import EngineAway
 from service.engine_client import EngineClient
 from service.errors import LorryError
+from service.storage import Storage
 
 log = logging.getLogger("lorry.api")
 WATCH = 5.0  # seconds between two looks at an engine that answers
@@ -25,8 +26,8 @@ LONGEST_PAUSE = 30.0
 class Engine(EngineClient):
     """An engine, what this API has open there, and since when it is away."""
 
-    def __init__(self, url: str, *, alone: bool) -> None:
-        super().__init__(url)
+    def __init__(self, url: str, storage: Storage, *, alone: bool) -> None:
+        super().__init__(url, storage)
         self.open_requests = 0
         self.away: str | None = None  # why, while it is left out
         self._alone = alone

@@ -24,6 +24,7 @@ from service.engine_watch import Engine
 from service.errors import Conflict, LorryError, Unavailable
 from service.openai.wire import Piece, Usage
 from service.settings import Settings
+from service.storage import open_storage
 
 T = TypeVar("T")
 RESIDENT_TTL = 5.0  # seconds for which an engine's list of adapters is believed when one is looked for
@@ -39,7 +40,8 @@ class Engines:
 
     def __init__(self, settings: Settings, registry: CollectorRegistry) -> None:
         urls = settings.engine_urls
-        self.engines = [Engine(url, alone=len(urls) == 1) for url in urls]
+        storage = open_storage(settings)
+        self.engines = [Engine(url, storage, alone=len(urls) == 1) for url in urls]
         self._usual = base_key(settings.base_model)
         self._registry = registry
         self._collector = _EnginesCollector(self.engines)

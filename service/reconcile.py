@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
 import threading
 import time
 from collections import defaultdict
@@ -27,6 +26,7 @@ from service.logs import about_job, tail
 from service.models import AdapterRow, ArtifactRow, JobRow, RunRow
 from service.queue import JobQueue
 from service.settings import Settings
+from service.storage import Storage, open_storage
 
 log = logging.getLogger("lorry.reconcile")
 _DISK_EVERY = 6  # passes: the disk is looked at less often than heartbeats and queue
@@ -239,50 +239,57 @@ def compare_disk(db: Database, settings: Settings, report: Report) -> None:
     The folders are listed before SQL is asked: what is in the list belongs to a run that had begun by then, so a job
     that is in a final state has no live run that could have made it, nor has any run but the job's present one.
     """
-    found = list(_leftovers(settings))
-    folders = [p for p in _entries(settings.data_dir / "jobs") if _OF_JOB.fullmatch(p.name)]
-    ids = {job_id for _, job_id, _ in found} | {p.name for p in folders}
+    storage = open_storage(settings)
+    here = Storage(settings.data_dir)
+    roots = [here, storage] if storage.remote else [here]
+    found = [(root, *one) for root in roots for one in _leftovers(root)]
+    if storage.remote:
+        adapters = {f"adapters/{name}" for name in storage.names("adapters")}
+        storage.forget_deleted("files")
+    folders = [name for name in here.names("jobs") if _OF_JOB.fullmatch(name)]
+    ids = {job_id for _, _, job_id, _ in found} | set(folders)
     jobs: dict[str, tuple[str, str]] = {}
+    final: dict[str, str] = {}  # the run that finished a job
     kept: set[str] = set()  # names of adapters' folders that have a row
     listed: set[str] = set()  # exports with artifacts, be it that their push failed
     with db.read() as session:
         for some in _chunks(sorted(ids)):
             query = select(JobRow.id, JobRow.status, JobRow.run_id).where(JobRow.id.in_(some))
             jobs |= {job_id: (status, run_id or "") for job_id, status, run_id in session.execute(query)}
+            ended = select(RunRow.job_id, RunRow.id).where(RunRow.job_id.in_(some), RunRow.outcome.in_(FINAL))
+            final |= {job_id: run_id for job_id, run_id in session.execute(ended)}
             listed |= set(session.scalars(select(ArtifactRow.job_id).where(ArtifactRow.job_id.in_(some)).distinct()))
         for name, where in session.execute(select(AdapterRow.name, AdapterRow.path).where(AdapterRow.ready)):
-            folder = Path(where or "")
-            kept.add(folder.name)
-            if not folder.is_dir():
+            kept.add(Path(where or "").name)
+            if not (where in adapters if storage.remote else Path(where or "").is_dir()):
                 report.missing.append(name)
-    for path, job_id, run in found:
+    for root, key, job_id, run in found:
         if job_id not in jobs:
-            report.unknown.append(path)
+            report.unknown.append(Path(root.address(key)))
             continue
         status, run_id = jobs[job_id]
-        is_export = path.parent == settings.exports_dir and path.name == job_id
-        used = path.name in kept or (is_export and (status == "succeeded" or job_id in listed))
+        folder = key.removeprefix("exports/")
+        is_export = folder in (job_id, storage.own_key(job_id, final.get(job_id)))
+        used = key.rpartition("/")[2] in kept or (is_export and (status == "succeeded" or job_id in listed))
         over = status in FINAL or (run is not None and not run_id.endswith(run))
         if over and not used:
-            shutil.rmtree(path, ignore_errors=True)
-            report.swept.append(path)
-    report.unknown += [p for p in folders if p.name not in jobs]
+            root.remove(key)
+            report.swept.append(Path(root.address(key)))
+    report.unknown += [here.place(f"jobs/{name}") for name in folders if name not in jobs]
     drop_unfinished(settings)
 
 
-def _leftovers(settings: Settings) -> Iterable[tuple[Path, str, str | None]]:
-    """Folders that a run may have left: (folder, job, last digits of the run's id where the name has them)."""
-    for root in (settings.adapters_dir, settings.exports_dir):
-        for path in _entries(root):
-            if match := _OF_JOB.fullmatch(path.name):
-                yield path, match[1], match[2]
+def _leftovers(root: Storage) -> Iterable[tuple[str, str, str | None]]:
+    """What a run may have left: (key, job, last digits of the run's id where the name has them)."""
+    for folder in ("adapters", "exports"):
+        for name in root.names(folder):
+            if match := _OF_JOB.fullmatch(name):
+                yield f"{folder}/{name}", match[1], match[2]
+    if root.remote:
+        return  # checkpoints are stored whole; `lorry prune` looks for those without a row
     for pattern in _IN_CHECKPOINTS:
-        for path in (settings.data_dir / "jobs").glob(f"*/checkpoints/{pattern}"):
-            yield path, path.parent.parent.name, None
-
-
-def _entries(folder: Path) -> list[Path]:
-    return sorted(folder.iterdir()) if folder.is_dir() else []
+        for path in (root.root / "jobs").glob(f"*/checkpoints/{pattern}"):
+            yield path.relative_to(root.root).as_posix(), path.parent.parent.name, None
 
 
 def _chunks(ids: list[str]) -> Iterable[list[str]]:

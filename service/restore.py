@@ -24,10 +24,12 @@ from service.backup import FORMAT, pins
 from service.db import Database
 from service.files.service import sync_folder
 from service.jobs import repository
+from service.jobs.states import FINAL
 from service.locks import UP_LOCK, exclusive
 from service.migrate import downgrade, head, known, revision_of, upgrade
 from service.models import Base
 from service.settings import Settings
+from service.storage import Storage, open_storage
 
 FOLDERS = ("files", "adapters", "jobs", "exports")
 _AT_ONCE = 500  # rows of one INSERT
@@ -130,10 +132,10 @@ def _empty(settings: Settings) -> None:
                         raise BackupError(f"the database is not empty: it has rows in {table.name}; {why}")
         finally:
             db.dispose()
+    storage = open_storage(settings)
     for name in FOLDERS:
-        folder = settings.data_dir / name
-        if folder.is_dir() and any(folder.iterdir()):
-            raise BackupError(f"the data folder is not empty: there is something in {folder.absolute()}; {why}")
+        if storage.names(name):
+            raise BackupError(f"the data folder is not empty: there is something in {storage.address(name)}; {why}")
 
 
 def _room(settings: Settings, reader: Reader) -> None:
@@ -187,6 +189,9 @@ def _reflect(connection: Connection, more: Iterable[str] = ()) -> MetaData:
 def _fill(db: Database, settings: Settings, staging: Path, counts: dict[str, int]) -> None:
     """Put the rows in place of those that are there, and the folders in their places."""
     engine = db.engine.execution_options(lorry_write=True)
+    storage = open_storage(settings)
+    before = {f"{folder}/{name}" for folder in FOLDERS for name in storage.names(folder)} if storage.remote else set()
+    stored = _store(storage, staging) if storage.remote else set()
     moved: list[tuple[Path, Path]] = []
     try:
         with engine.begin() as connection:
@@ -199,9 +204,9 @@ def _fill(db: Database, settings: Settings, staging: Path, counts: dict[str, int
                 for some in _batches(staging / "rows" / f"{table.name}.jsonl"):
                     for row in some:
                         if row.get("path") and table.name in ("adapters", "checkpoints"):
-                            row["path"] = str(_inside(settings, row["path"]))
+                            row["path"] = _inside(storage, row["path"])
                     connection.execute(table.insert(), some)
-            for name in FOLDERS:
+            for name in FOLDERS if not storage.remote else ():
                 target = settings.data_dir / name
                 for old, new in ((target, staging / f"{name}.replaced"), (staging / name, target)):
                     if old.exists():
@@ -213,14 +218,40 @@ def _fill(db: Database, settings: Settings, staging: Path, counts: dict[str, int
     ):  # a folder that cannot be moved, or a commit that fails: the rows are as they were, so the files
         for old, new in reversed(moved):
             os.replace(new, old)
+        for key in stored - before:
+            storage.remove(key)
         raise
+    for key in before - stored:
+        storage.remove(key)
 
 
-def _inside(settings: Settings, place: str) -> Path:
+def _store(storage: Storage, staging: Path) -> set[str]:
+    """Put the backup's files into an object store; what is there already goes once the rows are in. Returns the keys of
+    their folders, as names right below FOLDERS."""
+    runs = {
+        row["job_id"]: row["id"]
+        for some in _batches(staging / "rows" / "runs.jsonl")
+        for row in some
+        if row["outcome"] in FINAL
+    }
+    stored: set[str] = set()
+    for path in sorted(p for name in FOLDERS for p in (staging / name).rglob("*") if p.is_file()):
+        name, entry, *rest = path.relative_to(staging).parts
+        if name == "exports":
+            entry = storage.own_key(entry, runs.get(entry))
+        elif name == "jobs" and rest == ["log.txt"]:
+            rest = [storage.own_key("log.txt", runs.get(entry))]
+        stored.add(f"{name}/{entry}")
+        storage.store(path, "/".join((name, entry, *rest)), move=False)
+    return stored
+
+
+def _inside(storage: Storage, place: str) -> str:
+    """What a row is to say for a place in the backup. Raises BackupError."""
     path = PurePosixPath(place)
     if path.is_absolute() or ".." in path.parts or path.parts[0] not in FOLDERS:
         raise BackupError(f"the backup is damaged: {place!r} is no place in a data folder")
-    return settings.data_dir.absolute() / path
+    return place if storage.remote else str(storage.place(place))
 
 
 def _batches(path: Path) -> Iterator[list[dict[str, Any]]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from service.jobs.states import FINAL
 from service.locks import exclusive
 from service.models import AdapterRow, CheckpointRow, EventRow, FileRow, JobRow
 from service.settings import Settings
+from service.storage import Storage, open_storage
 
 log = logging.getLogger("lorry.retention")
 _DAY = 86_400.0
@@ -43,7 +43,7 @@ class Item:
     kind: str  # one of REASONS
     ref: str  # file, job@step, or job
     bytes: int
-    paths: tuple[Path, ...] = ()
+    paths: tuple[str, ...] = ()  # in the data root: keys, or what rows say
 
 
 REASONS = {
@@ -111,14 +111,15 @@ def plan(db: Database, settings: Settings, now: float | None = None) -> list[Ite
     """What could go now, in the order in which it would."""
     now = time.time() if now is None else now
     held = loaded(settings)
+    storage = open_storage(settings)
     with db.read() as session:
         return [
             *_uploads(session, settings, now),
-            *_checkpoints(session, settings, now, held),
-            *_refused(session, settings, now),
-            *_logs(session, settings, now),
+            *_checkpoints(session, settings, storage, now, held),
+            *_refused(session, settings, storage, now),
+            *_logs(session, settings, storage, now),
             *_events(session, settings, now),
-            *_orphans(session, settings, now),
+            *_orphans(session, settings, storage, now),
         ]
 
 
@@ -146,10 +147,12 @@ def _uploads(session: Session, settings: Settings, now: float) -> Iterator[Item]
         still |= set(session.scalars(select(file_id).where(JobRow.kind != "export", recent)))
     for row in old:
         if row.id not in still:
-            yield Item("upload", row.id, row.bytes, (files.file_path(settings, row),))
+            yield Item("upload", row.id, row.bytes, (files.file_key(row),))
 
 
-def _checkpoints(session: Session, settings: Settings, now: float, held: Collection[str]) -> Iterator[Item]:
+def _checkpoints(
+    session: Session, settings: Settings, storage: Storage, now: float, held: Collection[str]
+) -> Iterator[Item]:
     """Whole checkpoints of jobs that ended long ago, else the optimizer states of those that ended."""
     days = {"succeeded": settings.keep_checkpoints_days}
     ended = (
@@ -160,14 +163,14 @@ def _checkpoints(session: Session, settings: Settings, now: float, held: Collect
     )
     for row, status, finished in session.execute(ended).all():
         assert finished is not None
-        path, ref = Path(row.path), f"{row.job_id}@{row.step}"
+        path, ref = row.path, f"{row.job_id}@{row.step}"
         age = (now - finished) / _DAY
         if age > days.get(status, settings.keep_failed_days) and not needed(session, row, held):
             yield Item("checkpoint", ref, row.bytes, (path,))
         elif age > settings.keep_optimizer_days:
-            present = tuple(p for p in (path / name for name in RESUME_FILES) if p.is_file())
-            if present:
-                yield Item("optimizer state", ref, sum(_size(p) for p in present), present)
+            sizes = {name: size for name, size in storage.files(path).items() if name in RESUME_FILES}
+            if sizes:
+                yield Item("optimizer state", ref, sum(sizes.values()), tuple(f"{path}/{name}" for name in sizes))
 
 
 def needed(session: Session, row: CheckpointRow, held: Collection[str] = ()) -> bool:
@@ -186,19 +189,20 @@ def needed(session: Session, row: CheckpointRow, held: Collection[str] = ()) -> 
     return any(_split(ref or "") in mine for ref in [*parents, *adapters.checkpoints_named(session, names), *held])
 
 
-def _refused(session: Session, settings: Settings, now: float) -> Iterator[Item]:
+def _refused(session: Session, settings: Settings, storage: Storage, now: float) -> Iterator[Item]:
     """Exports that failed their verification, kept aside for a look."""
-    folders = {p.name.removesuffix(".rejected"): p for p in _entries(settings.exports_dir) if p.suffix == ".rejected"}
-    for job_id in _ended(session, folders, now - settings.keep_failed_days * _DAY):
-        yield Item("refused export", job_id, _size(folders[job_id]), (folders[job_id],))
+    refused = [name for name in storage.names("exports") if name.endswith(".rejected")]
+    ids = {name.removesuffix(".rejected"): f"exports/{name}" for name in refused}
+    for job_id in _ended(session, ids, now - settings.keep_failed_days * _DAY):
+        yield Item("refused export", job_id, _size(storage, ids[job_id]), (ids[job_id],))
 
 
-def _logs(session: Session, settings: Settings, now: float) -> Iterator[Item]:
-    folders = {p.name: p for p in _entries(settings.data_dir / "jobs")}
-    for job_id in _ended(session, folders, now - settings.keep_logs_days * _DAY):
-        present = tuple(p for p in (folders[job_id] / n for n in ("log.txt", "tensorboard")) if p.exists())
+def _logs(session: Session, settings: Settings, storage: Storage, now: float) -> Iterator[Item]:
+    for job_id in _ended(session, storage.names("jobs"), now - settings.keep_logs_days * _DAY):
+        names = [n for n in storage.names(f"jobs/{job_id}") if n == "tensorboard" or n.startswith("log.txt")]
+        present = tuple(f"jobs/{job_id}/{n}" for n in names)
         if present:
-            yield Item("log", job_id, sum(_size(p) for p in present), present)
+            yield Item("log", job_id, sum(_size(storage, p) for p in present), present)
 
 
 def _events(session: Session, settings: Settings, now: float) -> Iterator[Item]:
@@ -217,26 +221,36 @@ def _events(session: Session, settings: Settings, now: float) -> Iterator[Item]:
         yield Item("events", job_id, int(size))
 
 
-def _orphans(session: Session, settings: Settings, now: float) -> Iterator[Item]:
+def _orphans(session: Session, settings: Settings, storage: Storage, now: float) -> Iterator[Item]:
     """Files whose row went before a crash."""
     before = now - _ORPHAN_DAYS * _DAY
-    uploads = [p for p in _entries(settings.files_dir) if p.name.startswith("file-") and _mtime(p) < before]
-    folders = [p for p in settings.data_dir.glob("jobs/*/checkpoints/checkpoint-*") if _mtime(p) < before]
-    if not uploads and not folders:
+    names = [n for n in storage.names("files") if n.startswith("file-") and storage.modified(f"files/{n}") < before]
+    folders = [f for f in _checkpoint_folders(storage) if storage.modified(f) < before]
+    if not names and not folders:
         return
     known = set(session.scalars(select(FileRow.id)))
-    for path in sorted(uploads):
-        if path.name.partition(".")[0] not in known:
-            yield Item("orphan", path.name, _size(path), (path,))
-    over = set(_ended(session, {p.parent.parent.name for p in folders}, before))
+    for name in names:
+        if name.partition(".")[0] not in known:
+            yield Item("orphan", name, _size(storage, f"files/{name}"), (f"files/{name}",))
+    over = set(_ended(session, {f.split("/")[1] for f in folders}, before))
+    # With a local root by its step, as the folder's name has it; in an object store the name is a run's own.
     rows = {
-        (job_id, f"checkpoint-{step}")
-        for job_id, step in session.execute(select(CheckpointRow.job_id, CheckpointRow.step))
+        (job_id, Path(path).name if storage.remote else f"checkpoint-{step}")
+        for job_id, step, path in session.execute(select(CheckpointRow.job_id, CheckpointRow.step, CheckpointRow.path))
     }
-    for path in sorted(folders):
-        job_id = path.parent.parent.name
-        if job_id in over and (job_id, path.name) not in rows:
-            yield Item("orphan", f"{job_id}/{path.name}", _size(path), (path,))
+    for folder in folders:
+        _, job_id, _, name = folder.split("/")
+        if job_id in over and (job_id, name) not in rows:
+            yield Item("orphan", f"{job_id}/{name}", _size(storage, folder), (folder,))
+
+
+def _checkpoint_folders(storage: Storage) -> list[str]:
+    """Keys of all checkpoints, in order."""
+    if storage.remote:  # one listing of all that is below, for a store has no other
+        found = ("/".join(["jobs", *name.split("/")[:3]]) for name in storage.files("jobs") if name.count("/") > 2)
+        return sorted({f for f in found if f.split("/")[2:3] == ["checkpoints"]})
+    paths = storage.root.glob("jobs/*/checkpoints/checkpoint-*")
+    return sorted(p.relative_to(storage.root).as_posix() for p in paths)
 
 
 def _ended(session: Session, ids: Collection[str], before: float) -> list[str]:
@@ -255,6 +269,7 @@ def _ended(session: Session, ids: Collection[str], before: float) -> list[str]:
 
 def remove(db: Database, settings: Settings, item: Item) -> bool:
     """Let one thing go, unless something has come to need it; whether it went."""
+    storage = open_storage(settings)
     match item.kind:
         case "upload":
             try:
@@ -264,22 +279,22 @@ def remove(db: Database, settings: Settings, item: Item) -> bool:
             except NotFound:  # a client deleted it meanwhile
                 pass
         case "checkpoint":
-            return _remove_checkpoint(db, item)
+            return _remove_checkpoint(db, storage, item)
         case "optimizer state":
             job_id, step = _split(item.ref)
             row = (CheckpointRow.job_id == job_id, CheckpointRow.step == step)
-            rest = _size(item.paths[0].parent) - sum(_size(p) for p in item.paths)
+            rest = _size(storage, item.paths[0].rpartition("/")[0]) - sum(_size(storage, p) for p in item.paths)
             with db.write() as session:
                 session.execute(update(CheckpointRow).where(*row).values(bytes=rest))
-            _remove_files(item)
+            _remove_files(storage, item)
         case "events":
             _remove_events(db, item.ref)
         case _:  # files alone, of jobs in a state that is final
-            _remove_files(item)
+            _remove_files(storage, item)
     return True
 
 
-def _remove_checkpoint(db: Database, item: Item) -> bool:
+def _remove_checkpoint(db: Database, storage: Storage, item: Item) -> bool:
     with db.write() as session:
         # Held before the look: a job that would start from it has either been stored by now, or will find no row.
         row = session.get(CheckpointRow, _split(item.ref), with_for_update=True)
@@ -288,7 +303,7 @@ def _remove_checkpoint(db: Database, item: Item) -> bool:
         if needed(session, row):
             return False
         session.delete(row)
-    _remove_files(item)
+    _remove_files(storage, item)
     return True
 
 
@@ -304,12 +319,9 @@ def _remove_events(db: Database, job_id: str) -> None:
             )
 
 
-def _remove_files(item: Item) -> None:
+def _remove_files(storage: Storage, item: Item) -> None:
     for path in item.paths:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        storage.remove(path)
 
 
 def _split(ref: str) -> tuple[str, int | None]:
@@ -318,24 +330,6 @@ def _split(ref: str) -> tuple[str, int | None]:
     return name, int(step) if step.isascii() and step.isdecimal() else None
 
 
-def _entries(folder: Path) -> list[Path]:
-    return sorted(folder.iterdir()) if folder.is_dir() else []
-
-
-def _mtime(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except OSError:  # gone meanwhile
-        return float("inf")
-
-
-def _size(path: Path) -> int:
+def _size(storage: Storage, where: str) -> int:
     """Bytes of a file, or of all files of a folder; what vanishes meanwhile counts for nothing."""
-    total = 0
-    for one in path.rglob("*") if path.is_dir() else [path]:
-        try:
-            if one.is_file():
-                total += one.stat().st_size
-        except OSError:
-            continue
-    return total
+    return sum(storage.files(where).values())

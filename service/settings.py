@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SecretsSettingsSource, SettingsConfigDict
 
 from service.queue_names import needs_of
@@ -26,7 +26,23 @@ class Settings(BaseSettings):
     )
     port: int = Field(8321, ge=0, le=65535, description="Port the API listens on.")
     data_dir: Path = Field(
-        Path("data"), description="Folder for uploads, checkpoints, adapters, exports and the SQLite file."
+        Path("data"),
+        description="Folder for uploads, checkpoints, adapters, exports and the SQLite file. An fsspec URL that several hosts share (s3://bucket/lorry) takes its place with Postgres; LORRY_CACHE_DIR is this machine's part then.",
+    )
+    storage_url: str | None = Field(
+        None, description="The URL in LORRY_DATA_DIR, if it is one; not to be set by itself."
+    )
+    storage_options: dict[str, Any] = Field(
+        {}, description="fsspec's options for that URL, as JSON. What the AWS_… variables say need not be in it."
+    )
+    cache_dir: Path = Field(
+        Path("cache"),
+        description="If LORRY_DATA_DIR is a URL: folder for what a run is making and for what was fetched.",
+    )
+    cache_bytes: int = Field(
+        50 * 1024**3,
+        ge=0,
+        description="What was fetched from LORRY_DATA_DIR and is not in use stays in LORRY_CACHE_DIR up to this many bytes, the last used longest.",
     )
     database_url: str | None = Field(
         None,
@@ -142,6 +158,33 @@ class Settings(BaseSettings):
         90.0, ge=0, description="Days after a job's end that its log and TensorBoard files stay; inf: for good."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _url_or_folder(cls, values: dict[str, Any]) -> dict[str, Any]:
+        given = str(values.get("data_dir") or "")
+        if "://" in given:
+            values = {**values, "storage_url": given, "data_dir": values.get("cache_dir") or Path("cache")}
+        return values
+
+    @model_validator(mode="after")
+    def _several_hosts_need_postgres(self) -> Settings:
+        if self.storage_url and not self.database_url:
+            raise ValueError("LORRY_DATA_DIR is a URL, which several hosts share: set LORRY_DATABASE_URL to Postgres")
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        folder = Path(os.environ.get("LORRY_SECRETS_DIR") or _SECRETS_DIR)
+        files = (SecretsSettingsSource(settings_cls, folder),) if folder.is_dir() else ()
+        return (init_settings, env_settings, *files)
+
     @field_validator("engine_url")
     @classmethod
     def _check_engine_url(cls, text: str) -> str:
@@ -170,19 +213,6 @@ class Settings(BaseSettings):
     def _check_worker_queues(cls, text: str) -> str:
         needs_of(text, gpu=False)
         return text
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        folder = Path(os.environ.get("LORRY_SECRETS_DIR") or _SECRETS_DIR)
-        files = (SecretsSettingsSource(settings_cls, folder),) if folder.is_dir() else ()
-        return (init_settings, env_settings, *files)
 
     @property
     def sqlalchemy_url(self) -> str:

@@ -15,6 +15,7 @@ from service.adapters.service import resolve
 from service.errors import NotFound
 from service.models import AdapterRow
 from service.settings import Settings
+from service.storage import open_storage
 from tests.conftest import Api, serve
 from tests.steps import TEMPLATE, adapter, checkpoint, cpt, error_of, ift, post, start, succeed, unique
 
@@ -144,13 +145,14 @@ def test_without_an_engine_loading_is_503(api: Api) -> None:
 def test_references_resolve_to_folders(api: Api) -> None:
     job_id = adapter(api, name := unique())
     at_5 = checkpoint(api, job_id, 5)
+    files = open_storage(api.settings)
     with api.db.read() as session:
         for ref, path, step in (
             (name, api.settings.adapters_dir / job_id, 10),
             (f"{name}@5", at_5, 5),
             (f"{job_id}@5", at_5, 5),
         ):
-            found = resolve(session, ref)
+            found = resolve(session, files, ref)
             assert (found.ref, found.path, found.step, found.template) == (ref, path, step, TEMPLATE)
             assert found.base == api.settings.base_model
             assert found.row is not None
@@ -168,17 +170,18 @@ def test_references_resolve_to_folders(api: Api) -> None:
             "a\0",
         ):
             with pytest.raises(NotFound):
-                resolve(session, ref)
+                resolve(session, files, ref)
 
 
 def test_a_checkpoint_of_a_running_job_resolves_and_the_unfinished_adapter_does_not(api: Api) -> None:
     job_id = post(api, cpt(name := unique()))["id"]
     start(api, job_id)
     path = checkpoint(api, job_id, 3)
+    files = open_storage(api.settings)
     with api.db.read() as session:
-        assert resolve(session, f"{name}@3").path == path
+        assert resolve(session, files, f"{name}@3").path == path
         with pytest.raises(NotFound, match=job_id):
-            resolve(session, name)
+            resolve(session, files, name)
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,7 @@ from service.queue import JobQueue
 from service.reconcile import Report, compare_disk
 from service.settings import Settings
 from service.specs import parse_spec
+from service.storage import open_storage
 from tests.conftest import new_database
 from tests.hub_server import Hub, User, serve_hub
 from tests.recipes import TRAINING, cpt_spec, texts
@@ -128,7 +129,7 @@ def test_a_training_pushes_the_adapter_that_peft_loads_from_the_hub(
     assert (result["url"], result["commit"]) == (f"{hub.url}/ada/pushed", repo.branches["main"])
     assert repo.private
     with host.db.read() as session:
-        path = Path(adapters.resolve(session, "pushed").path)
+        path = Path(adapters.resolve(session, open_storage(host.settings), "pushed").path)
     assert set(repo.files) >= {"README.md", "manifest.json", "adapter_model.safetensors", "tokenizer.json"}
     assert not set(repo.files) & {"lorry_probe.json", "optimizer.pt"}
     assert b"# pushed\n" in repo.files["README.md"]
@@ -168,7 +169,7 @@ def test_a_training_whose_push_fails_keeps_its_adapter_and_says_how_to_push_it(
     with host.db.read() as session:
         adapter = session.get_one(AdapterRow, "kept")
         assert adapter.ready
-        assert Path(adapters.resolve(session, "kept").path).is_dir()
+        assert Path(adapters.resolve(session, open_storage(host.settings), "kept").path).is_dir()
     assert host.runs(row.id)[0].record["log_tail"]
     message = row.error["message"]  # type: ignore[index]
     again = re.search(r"POST /v1/jobs (\{.*\}) pushes it again", message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -111,6 +112,9 @@ class Host:
             "shutdown_seconds",
         ):
             env[f"LORRY_{name.upper()}"] = str(getattr(self.settings, name))
+        if self.settings.storage_url:
+            env |= {"LORRY_DATA_DIR": self.settings.storage_url, "LORRY_CACHE_DIR": str(self.settings.data_dir)}
+            env["LORRY_STORAGE_OPTIONS"] = json.dumps(self.settings.storage_options)
         env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         with open(self.log, "ab") as log:
             process = subprocess.Popen(

@@ -7,6 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
@@ -20,7 +21,9 @@ from service.jobs.repository import Fenced
 from service.logs import redact
 from service.models import CheckpointRow, JobRow, RunRow
 from service.settings import Settings
+from service.storage import open_storage
 from worker.outcome import Ask
+from worker.workspace import Workspace
 
 log = logging.getLogger("lorry.worker")
 POLL_SECONDS = 0.05  # at most this often a step asks SQL whether to pause or cancel
@@ -32,8 +35,11 @@ T = TypeVar("T")
 class SqlProgress:
     """The Progress of a run. Use as a context manager: it owns the heartbeat thread."""
 
-    def __init__(self, db: Database, settings: Settings, job_id: str, run_id: str) -> None:
+    def __init__(
+        self, db: Database, settings: Settings, job_id: str, run_id: str, workspace: Workspace | None = None
+    ) -> None:
         self.db, self.settings, self.job_id, self.run_id = db, settings, job_id, run_id
+        self.workspace = workspace or Workspace(open_storage(settings), settings, job_id, run_id)
         self.stopping = False  # set by a signal: the worker shuts down
         self._fenced = False
         self._polled = self._written = 0.0
@@ -97,11 +103,16 @@ class SqlProgress:
         persist(self.db, write)
 
     def checkpoints(self, present: dict[int, dict[str, Any]]) -> None:
+        kept = {step: self.workspace.keep_checkpoint(step, Path(values["path"])) for step, values in present.items()}
+        present = {step: {**values, "path": kept[step]} for step, values in present.items()}
+        dropped: set[str] = set()
+
         def write(session: Session) -> None:
             repository.own(session, self.job_id, self.run_id)
             name = session.scalar(select(JobRow.adapter).where(JobRow.id == self.job_id))
             known = {row.step: row for row in repository.checkpoints(session, self.job_id)}
             gone = set(known) - set(present)
+            dropped.update(row.path for step, row in known.items() if row.path != present.get(step, {}).get("path"))
             if gone:
                 session.execute(
                     delete(CheckpointRow).where(CheckpointRow.job_id == self.job_id, CheckpointRow.step.in_(gone))
@@ -115,6 +126,8 @@ class SqlProgress:
                 repository.add_event(session, self.job_id, "checkpoint", {**data, "adapter": f"{name}@{step}"})
 
         persist(self.db, write)
+        for path in dropped:
+            self.workspace.drop_checkpoint(path)
 
     def record(self, values: dict[str, Any]) -> None:
         def write(session: Session) -> None:

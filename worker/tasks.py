@@ -35,13 +35,16 @@ from service.queue import JobQueue
 from service.reconcile import after_end
 from service.settings import Settings
 from service.specs import CptSpec, ExportSpec, IftSpec, parse_spec
+from service.storage import Storage, StorageUnavailable, open_storage
 from worker.outcome import Context, Interrupted, Outcome, Paths
 from worker.progress import SqlProgress, finite, persist
+from worker.workspace import Workspace
 
 log = logging.getLogger("lorry.worker")
 # What torch, safetensors and SQLite say in exceptions that are no MemoryError and no OSError.
 OUT_OF_MEMORY = ("can't allocate memory", "CUDA out of memory")
 DISK_FULL = ("No space left on device", "database or disk is full", "PytorchStreamWriter failed", ". unexpected pos ")
+STORAGE_SECONDS = 120.0  # how long a run waits for an object store that fails
 WORKER_PID = "LORRY_WORKER_PID"  # set by the RQ parent
 RECIPES = {"cpt": "worker.cpt", "ift": "worker.ift", "export": "worker.export.job"}
 
@@ -70,13 +73,15 @@ def attempt(db: Database, queue: JobQueue, settings: Settings, row: JobRow, run_
     """One run, with its log, from the claim to its stored outcome. Raises Fenced, and OSError if there can be no log."""
     run_dir = settings.job_dir(row.id)
     run_dir.mkdir(parents=True, exist_ok=True)
-    progress = SqlProgress(db, settings, row.id, run_id)
+    storage = open_storage(settings, patience=STORAGE_SECONDS)
+    workspace = Workspace(storage, settings, row.id, run_id)
+    progress = SqlProgress(db, settings, row.id, run_id, workspace)
     about = {"job": row.id, "attempt": row.attempt, "run": run_id}
     with job_log(run_dir / "log.txt", **about), stop_on_signal(progress):
         log.info("%s", run_started(row.id, row.attempt, run_id))
         try:
             with progress:
-                outcome = execute(db, queue, settings, row, progress)
+                outcome = execute(db, queue, settings, row, progress, workspace)
             finish(db, settings, row, run_id, outcome)
         except Interrupted as interrupted:
             finish(db, settings, row, run_id, Outcome(interrupted.ask))
@@ -85,10 +90,27 @@ def attempt(db: Database, queue: JobQueue, settings: Settings, row: JobRow, run_
         except BaseException as error:
             log.exception("the run failed")
             fail(db, settings, row, run_id, classify(error))
+    workspace.leave()  # once the log is closed
 
 
-def execute(db: Database, queue: JobQueue, settings: Settings, row: JobRow, progress: SqlProgress) -> Outcome:
-    """Resolve what the spec names to paths and run its recipe."""
+def execute(
+    db: Database, queue: JobQueue, settings: Settings, row: JobRow, progress: SqlProgress, workspace: Workspace
+) -> Outcome:
+    """Resolve what the spec names to paths, run its recipe, and store what it has made."""
+    with contextlib.ExitStack() as held:  # what was fetched stays for as long as the recipe runs
+        return _execute(db, queue, settings, row, progress, workspace, held)
+
+
+def _execute(
+    db: Database,
+    queue: JobQueue,
+    settings: Settings,
+    row: JobRow,
+    progress: SqlProgress,
+    workspace: Workspace,
+    held: contextlib.ExitStack,
+) -> Outcome:
+    storage = workspace.storage
     spec = parse_spec(row.spec)
     progress.phase("starting")
     prepare_process(settings)
@@ -100,21 +122,27 @@ def execute(db: Database, queue: JobQueue, settings: Settings, row: JobRow, prog
     from worker.base_model import resolve
 
     with db.read() as session:
-        parent = parent_of(session, settings, spec)
-        file = upload_of(session, settings, spec, "file_id")
-        eval_file = upload_of(session, settings, spec, "eval_file_id")
+        parent = parent_of(session, storage, spec)
+        file = upload_of(session, spec, "file_id")
+        eval_file = upload_of(session, spec, "eval_file_id")
+        rows = repository.checkpoints(session, row.id)
     base_name = parent.base if isinstance(spec, ExportSpec) and parent else spec.model.name  # type: ignore[union-attr]
     base = resolve(base_name or settings.base_model, settings)
     # An adapter's folder is its run's own: a run that was taken for dead and wakes up cannot touch what its successor made.
     exports, ours = settings.exports_dir / row.id, settings.adapters_dir / f"{row.id}.{progress.run_id[-8:]}"
+    if storage.remote:
+        progress.phase("fetching")
     paths = Paths(
-        run_dir=settings.job_dir(row.id).absolute(),
+        run_dir=workspace.run_dir,
         out_dir=(exports if isinstance(spec, ExportSpec) else ours).absolute(),
         base=base,
-        file=file,
-        eval_file=eval_file,
-        parent=parent.path if parent else None,
+        file=_held(held, storage, file, "invalid_data", "dataset.file_id: the file's bytes are gone"),
+        eval_file=_held(held, storage, eval_file, "invalid_data", "dataset.eval_file_id: the file's bytes are gone"),
+        parent=_held(
+            held, storage, parent.path if parent else None, "adapter_not_found", "the files of its adapter are gone"
+        ),
     )
+    workspace.take_up(rows)
     paths.out_dir.parent.mkdir(parents=True, exist_ok=True)
     revision = None if isinstance(spec, ExportSpec) else spec.model.revision
     about = {
@@ -131,23 +159,36 @@ def execute(db: Database, queue: JobQueue, settings: Settings, row: JobRow, prog
     # objects and holds the interpreter meanwhile, and the heartbeat with it.
     gc.freeze()
     outcome: Outcome = recipe.run(spec, context)
+    if storage.remote and outcome.ended == "done":
+        progress.phase("storing")
+    workspace.keep_result(outcome, paths.out_dir, row.kind)
     return outcome
 
 
-def upload_of(
-    session: Session, settings: Settings, spec: CptSpec | IftSpec | ExportSpec, name: Literal["file_id", "eval_file_id"]
+def _held(
+    held: contextlib.ExitStack, storage: Storage, where: str | Path | None, code: str, message: str
 ) -> Path | None:
-    """Where an upload that the spec names lies. Raises JobFailure."""
+    """A thing on this machine, until `held` ends. Raises JobFailure if it is gone, and StorageUnavailable."""
+    try:
+        return held.enter_context(storage.using(where)) if where is not None else None
+    except FileNotFoundError as error:
+        raise JobFailure(code, f"{message}: {error}") from error
+
+
+def upload_of(
+    session: Session, spec: CptSpec | IftSpec | ExportSpec, name: Literal["file_id", "eval_file_id"]
+) -> str | None:
+    """Where in the data root an upload that the spec names lies. Raises JobFailure."""
     file_id = None if isinstance(spec, ExportSpec) else getattr(spec.dataset, name)
     if file_id is None:
         return None
     row = session.get(FileRow, file_id)
     if row is None:
         raise JobFailure("invalid_data", f"dataset.{name}: no file {file_id}")
-    return files.file_path(settings, row).absolute()
+    return files.file_key(row)
 
 
-def parent_of(session: Session, settings: Settings, spec: CptSpec | IftSpec | ExportSpec) -> adapters.Resolved | None:
+def parent_of(session: Session, storage: Storage, spec: CptSpec | IftSpec | ExportSpec) -> adapters.Resolved | None:
     """The adapter that an ift starts from or that an export exports. Raises JobFailure."""
     ref = (
         spec.init.adapter
@@ -159,7 +200,7 @@ def parent_of(session: Session, settings: Settings, spec: CptSpec | IftSpec | Ex
     if ref is None:
         return None
     try:
-        return adapters.resolve(session, ref)
+        return adapters.resolve(session, storage, ref)
     except NotFound as error:
         raise JobFailure("adapter_not_found", error.message) from error
 
@@ -248,6 +289,8 @@ def classify(error: BaseException) -> JobFailure:
         return JobFailure("out_of_memory", f"{advice}: {first or 'no memory left'}")
     if (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or _says(text, DISK_FULL):
         return JobFailure("insufficient_storage", f"the disk of the data folder is full: {first}")
+    if isinstance(error, StorageUnavailable):
+        return JobFailure("storage_unavailable", error.message, retry=True)
     return JobFailure("internal_error", f"{type(error).__name__}: {first}", retry=True)
 
 

@@ -15,6 +15,8 @@ from service.engines import Engines
 from service.errors import LorryError
 from service.json_body import Storable
 from service.models import AdapterRow
+from service.settings import Settings
+from service.storage import open_storage
 from service.wire import After, Deleted, Limit, Page
 
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
@@ -56,25 +58,25 @@ async def change(
 
 
 @router.delete("/{name}", response_model=Deleted, summary="Delete an adapter")
-async def delete(name: Name, db: DbDep, engine: EngineDep) -> Deleted:
+async def delete(name: Name, db: DbDep, engine: EngineDep, settings: SettingsDep) -> Deleted:
     """Its files and its job's checkpoints go too. 409 while an unfinished job needs it."""
-    await run_in_threadpool(service.delete, db, name)
+    await run_in_threadpool(service.delete, db, open_storage(settings), name)
     await engine.forget(name)
     return Deleted(id=name, object="adapter")
 
 
 @router.post("/{name}/load", response_model=schemas.Loaded, summary="Load into an engine")
-async def load(name: Ref, db: DbDep, engine: EngineDep) -> schemas.Loaded:
+async def load(name: Ref, db: DbDep, engine: EngineDep, settings: SettingsDep) -> schemas.Loaded:
     """/generate does this by itself; here the first request need not wait for it. Of several engines, into one."""
-    found = await run_in_threadpool(_resolve, db, name)
+    found = await run_in_threadpool(_resolve, db, settings, name)
     await engine.load(Target(found.ref, found.path, found.base))
     return schemas.Loaded(name=found.ref, loaded=True)
 
 
 @router.post("/{name}/unload", response_model=schemas.Loaded, summary="Unload from every engine")
-async def unload(name: Ref, db: DbDep, engine: EngineDep) -> schemas.Loaded:
+async def unload(name: Ref, db: DbDep, engine: EngineDep, settings: SettingsDep) -> schemas.Loaded:
     """Nothing happens if it is not loaded."""
-    found = await run_in_threadpool(_resolve, db, name)
+    found = await run_in_threadpool(_resolve, db, settings, name)
     await engine.unload(found.ref)
     return schemas.Loaded(name=found.ref, loaded=False)
 
@@ -84,9 +86,9 @@ def _require(db: Database, name: str) -> AdapterRow:
         return service.require(session, name)
 
 
-def _resolve(db: Database, ref: str) -> service.Resolved:
+def _resolve(db: Database, settings: Settings, ref: str) -> service.Resolved:
     with db.read() as session:
-        return service.resolve(session, ref)
+        return service.resolve(session, open_storage(settings), ref)
 
 
 async def _answer(row: AdapterRow, engine: Engines) -> schemas.Adapter:

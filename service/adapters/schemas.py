@@ -62,7 +62,8 @@ class Change(BaseModel):
 def adapter(row: AdapterRow, loaded: bool | None) -> Adapter:
     config = row.config
     full = bool(config.get("train_embeddings"))
-    there = row.path is not None and Path(row.path).is_dir()
+    # One in an object store is taken to be there: to ask for each row of a list takes too long, and reconcile() looks.
+    there = row.path is not None and (not Path(row.path).is_absolute() or Path(row.path).is_dir())
     why = "vLLM loads no adapter with its own embed_tokens and lm_head; export it as merged_16bit" if full else None
     if not there:
         why = "its files are gone; delete it, or restore them from a backup"

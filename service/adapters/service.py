@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from service.db import Database
 from service.errors import Conflict, Invalid, NotFound
 from service.ids import is_id
 from service.models import AdapterRow, CheckpointRow, JobRow
+from service.storage import Storage
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _MAX_STEP = 2**31 - 1  # the column's range
@@ -37,17 +37,22 @@ class Resolved:
     row: AdapterRow | None
 
 
-def resolve(session: Session, ref: str) -> Resolved:
-    """Find `name`, `name@step` or `job_…@step`. Raises NotFound (adapter_not_found)."""
+def resolve(session: Session, storage: Storage, ref: str) -> Resolved:
+    """Find `name`, `name@step` or `job_…@step`. Raises NotFound (adapter_not_found) and StorageUnavailable."""
     name, at, step = ref.partition("@")
     if at:
-        return _resolve_checkpoint(session, ref, name, step)
+        return _resolve_checkpoint(session, storage, ref, name, step)
+    row = _ready(session, name)
+    return Resolved(ref, name, row.step, storage.place(str(row.path)), row.template, row.base, row)
+
+
+def _ready(session: Session, name: str) -> AdapterRow:
     row = _row(session, name)
     if row is None:
         raise _missing(f"no adapter {name!r}")
     if not row.ready or row.path is None:
         raise _missing(f"adapter {name!r} is still being made by job {row.job_id}")
-    return Resolved(ref, name, row.step, Path(row.path), row.template, row.base, row)
+    return row
 
 
 def checkpoint_of(session: Session, job: JobRow, name: str, step: str, *, hold: bool = False) -> CheckpointRow:
@@ -65,20 +70,20 @@ def checkpoint_of(session: Session, job: JobRow, name: str, step: str, *, hold: 
     return checkpoint
 
 
-def _resolve_checkpoint(session: Session, ref: str, name: str, step: str) -> Resolved:
+def _resolve_checkpoint(session: Session, storage: Storage, ref: str, name: str, step: str) -> Resolved:
     row = _row(session, name)
     job_id = row.job_id if row else name if is_id(name, "job") else None
     job = session.get(JobRow, job_id) if job_id else None
     if job is None:
         raise _missing(f"no adapter {name!r}")
     checkpoint = checkpoint_of(session, job, name, step)
-    path = Path(checkpoint.path)
     try:
-        template = json.loads((path / "lorry_template.json").read_text(encoding="utf-8"))
+        template = json.loads(storage.read(f"{checkpoint.path}/lorry_template.json"))
     except (OSError, ValueError) as error:
         raise _missing(f"the files of checkpoint {ref!r} are gone or unreadable") from error
     if row is None:
         row = session.scalar(select(AdapterRow).where(AdapterRow.job_id == job.id))
+    path = storage.place(checkpoint.path)
     return Resolved(ref, name, checkpoint.step, path, template, job.spec["model"]["name"], row)
 
 
@@ -92,10 +97,9 @@ def _missing(message: str) -> NotFound:
 
 def require(session: Session, name: str) -> AdapterRow:
     """A finished adapter's row. Raises NotFound (adapter_not_found)."""
-    row = resolve(session, name).row if "@" not in name else None
-    if row is None:
+    if "@" in name:
         raise _missing(f"{name!r} is a checkpoint; this call takes an adapter's name")
-    return row
+    return _ready(session, name)
 
 
 def change(db: Database, name: str, *, new_name: str | None, pinned: bool | None) -> AdapterRow:
@@ -124,7 +128,7 @@ def change(db: Database, name: str, *, new_name: str | None, pinned: bool | None
     return row
 
 
-def delete(db: Database, name: str) -> None:
+def delete(db: Database, storage: Storage, name: str) -> None:
     """Forget an adapter, then remove its files and its job's checkpoints. Raises NotFound, Conflict (adapter_in_use)."""
     with db.write() as session:
         row = _take(session, name)
@@ -136,7 +140,7 @@ def delete(db: Database, name: str) -> None:
     # The rows go first: a crash here leaves files without a row, never a row without its files.
     for path in [row.path, *(c.path for c in checkpoints)]:
         if path is not None:
-            shutil.rmtree(path, ignore_errors=True)
+            storage.remove(path)
 
 
 def _take(session: Session, name: str) -> AdapterRow:

@@ -10,6 +10,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from service.disconnect import ClientGone, unless_gone
 from service.errors import BadRequest, LorryError, NotFound, RangeNotSatisfiable
+from service.storage import Storage
 
 
 class Download(FileResponse):
@@ -17,10 +18,18 @@ class Download(FileResponse):
 
     def __init__(self, path: Path, *, filename: str, sha256: str) -> None:
         if not path.is_file():
-            raise NotFound(f"the bytes of {filename!r} are gone from the data folder", code="file_gone")
+            raise _gone(filename)
         super().__init__(
             path, media_type="application/octet-stream", filename=filename, headers={"ETag": f'"{sha256}"'}
         )
+
+    @classmethod
+    def of(cls, storage: Storage, key: str, *, filename: str, sha256: str) -> Download:
+        """What the data root has under a key, fetched if it is not here. Raises NotFound and StorageUnavailable."""
+        try:
+            return cls(storage.fetch(key), filename=filename, sha256=sha256)
+        except FileNotFoundError:
+            raise _gone(filename) from None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         refused: LorryError | None = None
@@ -43,3 +52,7 @@ class Download(FileResponse):
         if refused is not None:
             answer = JSONResponse(refused.body(), refused.status, headers=refused.headers)
             await answer(scope, receive, send)
+
+
+def _gone(filename: str) -> NotFound:
+    return NotFound(f"the bytes of {filename!r} are gone from the data folder", code="file_gone")

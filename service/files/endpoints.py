@@ -18,6 +18,7 @@ from service.files import repository, service
 from service.files.download import Download
 from service.files.form import read_form
 from service.models import FileRow
+from service.storage import open_storage
 from service.wire import After, Deleted, Limit, Page
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
@@ -157,4 +158,4 @@ def content(file_id: FileId, db: DbDep, settings: SettingsDep) -> Download:
     """Understands Range and If-Range; the ETag is the SHA-256."""
     with db.read() as session:
         row = repository.require(session, file_id)
-    return Download(service.file_path(settings, row), filename=row.filename, sha256=row.sha256)
+    return Download.of(open_storage(settings), service.file_key(row), filename=row.filename, sha256=row.sha256)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -17,14 +18,20 @@ from service.files.checks import EXTENSIONS, Check, check_for
 from service.ids import new_id
 from service.models import FileRow
 from service.settings import Settings
+from service.storage import StorageUnavailable, open_storage
 
 _UNFINISHED = ".upload-"
 _PURPOSE = re.compile(r"[a-z][a-z_-]{0,39}")
 
 
+def file_key(row: FileRow) -> str:
+    """Where in the data root an upload's bytes are; the suffix is that of the uploaded name, in lower case."""
+    return f"files/{row.id}{extension_of(row.filename)}"
+
+
 def file_path(settings: Settings, row: FileRow) -> Path:
-    """Where an upload's bytes are; the suffix is that of the uploaded name, in lower case."""
-    return settings.files_dir / f"{row.id}{extension_of(row.filename)}"
+    """Where an upload's bytes are on this machine, if they are there."""
+    return settings.data_dir / file_key(row)
 
 
 def extension_of(filename: str) -> str:
@@ -82,7 +89,7 @@ class Upload:
             raise _storage(error) from error
 
     def keep(self, db: Database, purpose: str) -> FileRow:
-        """Make it durable: bytes first, then the row."""
+        """Make it durable: bytes first, then the row. Raises StorageUnavailable."""
         assert self._file is not None
         assert self._check is not None
         if not _PURPOSE.fullmatch(purpose):
@@ -104,11 +111,15 @@ class Upload:
             sync_folder(self.settings.files_dir)
         except OSError as error:
             raise _storage(error) from error
+        storage = open_storage(self.settings)
         try:
+            storage.store(file_path(self.settings, row).absolute(), file_key(row))
             with db.write() as session:
                 session.add(row)
         except BaseException:
             file_path(self.settings, row).unlink(missing_ok=True)
+            with contextlib.suppress(StorageUnavailable):  # `lorry prune` finds it
+                storage.remove(file_key(row))
             raise
         return row
 
@@ -135,7 +146,7 @@ def delete(db: Database, settings: Settings, file_id: str) -> None:
         if job:
             raise Conflict(f"job {job} reads this file; cancel it or wait for its end", code="file_in_use")
         session.delete(row)
-    file_path(settings, row).unlink(missing_ok=True)
+    open_storage(settings).remove(file_key(row))
 
 
 def sync_folder(folder: Path) -> None:

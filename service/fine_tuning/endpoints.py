@@ -22,6 +22,7 @@ from service.json_body import Storable
 from service.models import JobRow
 from service.settings import Settings
 from service.specs import IftSpec
+from service.storage import open_storage
 from service.wire import After, IdempotencyKey, Limit
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["openai"])
@@ -160,7 +161,7 @@ def _spec(db: Database, settings: Settings, body: schemas.FineTuningRequest, tai
     base, parent = body.model, None
     if body.model != settings.base_model:
         with db.read() as session, contextlib.suppress(NotFound):  # else a base's name, which jobs.create() looks at
-            base, parent = resolve(session, body.model).base, body.model
+            base, parent = resolve(session, open_storage(settings), body.model).base, body.model
     name = "-".join(filter(None, ("ft", body.suffix, tail)))
     return schemas.spec(body, name=name, base=base, parent=parent)
 

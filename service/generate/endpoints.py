@@ -19,8 +19,10 @@ from service.generate.schemas import GenerateRequest, GenerateResponse
 from service.ids import new_id
 from service.json_body import Writable
 from service.openai.wire import Piece, compact
+from service.settings import Settings
 from service.shutdown import stopping
 from service.sse import EventStream
+from service.storage import open_storage
 
 router = APIRouter(tags=["generate"])
 
@@ -41,7 +43,7 @@ _EVENTS = {
 async def generate(body: GenerateRequest, request: Request, db: DbDep, engine: EngineDep, settings: SettingsDep) -> Any:
     """The prompt is rendered with the template that was stored when the adapter was trained. The adapter is loaded
     into an engine if none has it yet. A client that disconnects ends its generation."""
-    source = await _source(body, db, engine)
+    source = await _source(body, db, settings, engine)
     call = service.call_of(body, source)
     stack = AsyncExitStack()
     answer = engine.generate(call.body, source.target, chat=call.chat, whole=not body.stream)
@@ -63,12 +65,12 @@ async def generate(body: GenerateRequest, request: Request, db: DbDep, engine: E
     )
 
 
-async def _source(body: GenerateRequest, db: Database, engine: Engines) -> service.Source:
+async def _source(body: GenerateRequest, db: Database, settings: Settings, engine: Engines) -> service.Source:
     if body.adapter is None:
         usual = await service.base_source(engine)
         assert usual is not None
         return usual
-    return await asyncio.to_thread(service.find, db, body.adapter)
+    return await asyncio.to_thread(service.find, db, open_storage(settings), body.adapter)
 
 
 async def _whole(gen_id: str, body: GenerateRequest, generation: Generation) -> GenerateResponse:

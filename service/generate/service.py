@@ -20,6 +20,7 @@ from service.generate.schemas import (
     TopLogprob,
 )
 from service.openai.wire import Piece, TokenInfo
+from service.storage import Storage
 from service.templates import StoredTemplate, render_generation
 
 
@@ -34,10 +35,10 @@ class Source:
     template: StoredTemplate | None
 
 
-def find(db: Database, ref: str) -> Source:
-    """An adapter or checkpoint by reference. Raises NotFound (adapter_not_found)."""
+def find(db: Database, storage: Storage, ref: str) -> Source:
+    """An adapter or checkpoint by reference. Raises NotFound (adapter_not_found) and StorageUnavailable."""
     with db.read() as session:
-        found: Resolved = resolve(session, ref)
+        found: Resolved = resolve(session, storage, ref)
     return Source(Target(found.ref, found.path, found.base), StoredTemplate.model_validate(found.template))
 
 

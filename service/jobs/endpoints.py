@@ -18,6 +18,7 @@ from service.jobs.tar import Tar
 from service.json_body import Storable
 from service.specs import CptSpec, ExportSpec, IftSpec
 from service.sse import EventStream
+from service.storage import open_storage
 from service.wire import After, IdempotencyKey, Limit, Page
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
@@ -214,12 +215,15 @@ def artifacts_tar(
     with db.read() as session:
         row = service.require(session, job_id)
         rows = repository.artifacts(session, job_id)
+        run_id = repository.final_run(session, job_id)
     if not rows and row.kind == "export" and row.status not in FINAL:
         raise Conflict(f"job {job_id} is {row.status}: it has no artifacts yet", code="job_not_finished")
     if not rows:
         raise NotFound(f"job {job_id} has no artifacts", code="artifact_not_found")
     # Named by what does not change: the adapter may be renamed between two parts of a download.
-    tar = Tar(settings.exports_dir / job_id, rows, name=job_id, mtime=int(row.finished_at or row.created_at))
+    storage = open_storage(settings)
+    folder = storage.own_key(f"exports/{job_id}", run_id)
+    tar = Tar(storage, folder, rows, name=job_id, mtime=int(row.finished_at or row.created_at))
     return tar.answer(f"{job_id}.tar", range=range, if_range=if_range, head=request.method == "HEAD")
 
 
@@ -234,8 +238,11 @@ def artifact(
     """Understands Range and If-Range; the ETag is the SHA-256. Only listed files can be named."""
     with db.read() as session:
         service.require(session, job_id)
+        run_id = repository.final_run(session, job_id)
         row = repository.artifact(session, job_id, path)
     if row is None:
         raise NotFound(f"job {job_id} has no artifact {path!r}", code="artifact_not_found")
     name = path.rsplit("/", 1)[-1]
-    return Download(settings.exports_dir / job_id / row.path, filename=name, sha256=row.sha256)
+    storage = open_storage(settings)
+    key = f"{storage.own_key(f'exports/{job_id}', run_id)}/{row.path}"
+    return Download.of(storage, key, filename=name, sha256=row.sha256)

@@ -27,6 +27,11 @@ def by_key(session: Session, key: str) -> JobRow | None:
     return session.scalar(select(JobRow).where(JobRow.idempotency_key == key))
 
 
+def final_run(session: Session, job_id: str) -> str | None:
+    """Id of the run that finished a job; not the latest by time, for hosts' clocks differ."""
+    return session.scalar(select(RunRow.id).where(RunRow.job_id == job_id, RunRow.outcome.in_(FINAL)))
+
+
 def runs(session: Session, job_id: str) -> Sequence[RunRow]:
     return session.scalars(select(RunRow).where(RunRow.job_id == job_id).order_by(RunRow.started_at)).all()
 

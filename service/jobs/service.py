@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import time
 
 from redis.exceptions import RedisError
@@ -24,6 +23,7 @@ from service.queue import JobQueue
 from service.reconcile import after_end
 from service.settings import Settings
 from service.specs import ExportSpec, IftSpec
+from service.storage import open_storage
 
 log = logging.getLogger("lorry.jobs")
 _TRIES = 10  # a state that changes between our look and our move is looked at again
@@ -176,17 +176,17 @@ def resume(db: Database, queue: JobQueue, job_id: str) -> JobRow:
 
 def log_tail(db: Database, settings: Settings, job_id: str, size: int) -> str:
     """The last `size` bytes of a job's log, from a line's start; what its last run's record kept, if the file is gone."""
+    storage = open_storage(settings)
+    with db.read() as session:
+        runs = repository.runs(session, job_id)
+        run_id = repository.final_run(session, job_id) or (runs[-1].id if runs else None)
+    key = storage.own_key(f"jobs/{job_id}/log.txt", run_id)
     try:
-        with open(settings.job_dir(job_id) / "log.txt", "rb") as file:
-            end = file.seek(0, os.SEEK_END)
-            file.seek(max(0, end - size))
-            content = file.read(size)
+        content = storage.read(key, last=size + 1)
     except FileNotFoundError:
-        with db.read() as session:
-            runs = repository.runs(session, job_id)
         kept = [line for run in runs[-1:] for line in run.record.get("log_tail", [])]
         return "".join(f"{line}\n" for line in kept)
-    if end > size:
+    if len(content) > size:
         content = content[content.find(b"\n") + 1 :]
     return redact(content.decode(errors="replace"))
 

@@ -6,35 +6,36 @@ import hashlib
 import re
 import tarfile
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 from starlette.responses import StreamingResponse
 
 from service.errors import NotFound, RangeNotSatisfiable
 from service.models import ArtifactRow
+from service.storage import Storage
 
 CHUNK = 1024 * 1024
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})", re.ASCII)
 
 
 class Tar:
-    """The bytes of a POSIX (pax) archive of `rows`, files below `folder`, each under `name`/ in the archive.
+    """The bytes of a POSIX (pax) archive of `rows`, files below the key `folder`, each under `name`/ in the archive.
 
     The same rows, name and `mtime` (Unix seconds) give the same bytes. Raises NotFound (file_gone) if a file is missing
     or not of its length.
     """
 
-    def __init__(self, folder: Path, rows: Iterable[ArtifactRow], *, name: str, mtime: int) -> None:
-        self.parts: list[tuple[bytes | Path, int]] = []
+    def __init__(self, storage: Storage, folder: str, rows: Iterable[ArtifactRow], *, name: str, mtime: int) -> None:
+        self.storage = storage
+        self.parts: list[tuple[bytes | str, int]] = []  # bytes, or the key of a file
+        present = storage.files(folder)
         digest = hashlib.sha256(f"{name} {mtime}".encode())
         for row in sorted(rows, key=lambda row: row.path):
-            path = folder / row.path
-            if not path.is_file() or path.stat().st_size != row.bytes:
+            if present.get(row.path) != row.bytes:
                 raise NotFound(f"the bytes of {row.path!r} are gone from the data folder", code="file_gone")
             info = tarfile.TarInfo(f"{name}/{row.path}")
             info.size, info.mtime, info.mode = row.bytes, mtime, 0o644
             self._add(info.tobuf(tarfile.PAX_FORMAT, "utf-8"))
-            self.parts.append((path, row.bytes))
+            self.parts.append((f"{folder}/{row.path}", row.bytes))
             self._add(b"\0" * (-row.bytes % tarfile.BLOCKSIZE))
             digest.update(f"\n{row.path} {row.bytes} {row.sha256}".encode())
         self._add(b"\0" * (2 * tarfile.BLOCKSIZE))
@@ -60,7 +61,7 @@ class Tar:
             if isinstance(part, bytes):
                 yield part[first:last]
                 continue
-            with open(part, "rb") as file:
+            with self.storage.using(part) as path, open(path, "rb") as file:
                 file.seek(first)
                 while first < last:
                     data = file.read(min(CHUNK, last - first))

@@ -26,6 +26,7 @@ from service.openai.wire import DONE, ChatWriter, CompletionWriter, Piece, Write
 from service.settings import Settings
 from service.shutdown import stopping
 from service.sse import EventStream
+from service.storage import open_storage
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 _STREAM: dict[int | str, dict[str, Any]] = {
@@ -77,7 +78,7 @@ async def completions(
     body: CompletionRequest, request: Request, db: DbDep, engine: EngineDep, settings: SettingsDep
 ) -> Response:
     """OpenAI's completions. A text prompt gets the model's BOS if it wants one; token ids are taken as they are."""
-    source = await _source(body.model, db, engine)
+    source = await _source(body.model, db, settings, engine)
     sampling = {**_sampling(body), "max_tokens": body.max_tokens, "logprobs": body.logprobs}
     prompts = body.prompts
     if isinstance(prompts[0], str):
@@ -102,7 +103,7 @@ async def chat_completions(
     body: ChatCompletionRequest, request: Request, db: DbDep, engine: EngineDep, settings: SettingsDep
 ) -> Response:
     """OpenAI's chat completions. The conversation is rendered with the template stored with the adapter."""
-    source = await _source(body.model, db, engine)
+    source = await _source(body.model, db, settings, engine)
     sampling = {**_sampling(body), "max_tokens": body.limit, "logprobs": body.num_logprobs}
     call = engine_call(
         source, sampling, body.stops, messages=[m.plain() for m in body.messages], tools=body.offered_tools
@@ -125,10 +126,10 @@ def _sampling(body: SamplingBody) -> dict[str, Any]:
     return out
 
 
-async def _source(model: str, db: Database, engine: Engines) -> Source:
+async def _source(model: str, db: Database, settings: Settings, engine: Engines) -> Source:
     """An adapter, else a base by its name. Raises NotFound (model_not_found)."""
     try:
-        return await asyncio.to_thread(find, db, model)
+        return await asyncio.to_thread(find, db, open_storage(settings), model)
     except NotFound as error:
         base = await base_source(engine, model)
         if base is None:

@@ -12,7 +12,8 @@ import math
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -270,12 +271,15 @@ class AdapterRegistry:
         capacity: int,
         install: Callable[[set[str]], None],
         on_evict: Callable[[], None] = lambda: None,
+        open_folder: Callable[[str | Path], AbstractContextManager[Path]] | None = None,
     ) -> None:
+        """`open_folder` gives the folder that an address stands for; without it, an address is a path."""
         self.base = base
+        self._open_folder = open_folder or (lambda address: nullcontext(Path(address).absolute()))
         self.capacity = capacity
         self._on_evict = on_evict
         self._install = install
-        self._paths: dict[str, Path] = {}  # every adapter that was loaded and not unloaded since
+        self._addresses: dict[str, str | Path] = {}  # of every adapter that was loaded and not unloaded since
         self._held: OrderedDict[str, Adapter] = OrderedDict()  # least recently used first
         self._lock = threading.Lock()
         self._reading = threading.Lock()  # one at a time: reads compete for the disk and for the decoder's CPU
@@ -299,31 +303,32 @@ class AdapterRegistry:
         if adapter is not None:
             return adapter
         with self._lock:
-            path = self._paths.get(name)
-        if path is None:
+            address = self._addresses.get(name)
+        if address is None:
             raise NotFound(f"the model {name!r} does not exist", param="model", code="model_not_found")
         try:
-            return self.load(name, path)
+            return self.load(name, address)
         except NotFound as error:
             with self._lock:
-                self._paths.pop(name, None)
+                self._addresses.pop(name, None)
             raise NotFound(
                 f"the model {name!r} does not exist: {error.message}", param="model", code="model_not_found"
             ) from error
 
-    def load(self, name: str, path: Path) -> Adapter:
-        """Read `path` under `name`, in place of what had the name. Nothing is read if the same files are held already.
+    def load(self, name: str, address: str | Path) -> Adapter:
+        """Read a folder under `name`, in place of what had the name. Nothing is read if the same files are held already.
 
-        Raises what `read_adapter` raises; what had the name stays then.
+        Raises what `read_adapter` raises, NotFound for an address without a folder, and StorageUnavailable; what had the
+        name stays then.
         """
-        with self._reading:
+        with self._reading, self._folder(address) as path:
             held = self.peek(name)
             if held is not None and held.path == path and held.fingerprint == fingerprint(path):
                 return held
             adapter = read_adapter(name, path, self.base)
             self._install(adapter.weights.sites)
             with self._lock:
-                self._paths[name] = path
+                self._addresses[name] = address
                 self._held[name] = adapter
                 self._held.move_to_end(name)
                 while len(self._held) > self.capacity:
@@ -331,10 +336,19 @@ class AdapterRegistry:
                     self._on_evict()
             return adapter
 
+    @contextmanager
+    def _folder(self, address: str | Path) -> Iterator[Path]:
+        with ExitStack() as stack:
+            try:
+                path = stack.enter_context(self._open_folder(address))
+            except FileNotFoundError as error:
+                raise NotFound(f"no adapter found at {address}: {error}", code="adapter_not_found") from error
+            yield path
+
     def unload(self, name: str) -> None:
         """Forget a name. Raises NotFound (model_not_found)."""
         with self._lock:
-            known = self._paths.pop(name, None)
+            known = self._addresses.pop(name, None)
             self._held.pop(name, None)
         if known is None:
             raise NotFound(f"the adapter {name!r} is not loaded", param="lora_name", code="model_not_found")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from service.errors import Invalid, LorryError, Unavailable
+from service.storage import Storage
 from worker.engine.adapters import Adapter, AdapterRegistry
 from worker.engine.detokenize import Detokenizer, StopStrings
 from worker.engine.grammar import Grammars
@@ -74,7 +75,9 @@ class _Live:
 class Engine:
     """Owns the model and the thread that runs it. Everything but the thread's own methods is called from the event loop."""
 
-    def __init__(self, runner: ModelRunner, *, max_batch: int, max_queue: int, max_adapters: int) -> None:
+    def __init__(
+        self, runner: ModelRunner, *, max_batch: int, max_queue: int, max_adapters: int, storage: Storage | None = None
+    ) -> None:
         self.runner = runner
         self.metrics = EngineMetrics()
         self.scheduler = Scheduler(
@@ -85,7 +88,11 @@ class Engine:
             max_step_tokens=runner.max_step_tokens,
         )
         self.adapters = AdapterRegistry(
-            runner.base_info(), max_adapters, runner.bank.install, self.metrics.evictions.inc
+            runner.base_info(),
+            max_adapters,
+            runner.bank.install,
+            self.metrics.evictions.inc,
+            open_folder=(lambda address: storage.using(storage.from_address(str(address)))) if storage else None,
         )
         self.metrics.cache_blocks.set(runner.num_blocks)
         self.grammars = Grammars(runner.vocab_size)

@@ -12,7 +12,6 @@ import logging
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -29,6 +28,7 @@ from service.openai.wire import ChatWriter, CompletionWriter
 from service.server import Server, serve
 from service.settings import Settings, get_settings
 from service.shutdown import OpenRequests, Shutdown
+from service.storage import open_storage
 from service.telemetry import RequestLog
 from worker.engine import handlers
 from worker.engine.engine import Engine, shutting_down
@@ -43,7 +43,10 @@ class LoadLoraAdapter(Body):
     """vLLM's body of POST /v1/load_lora_adapter."""
 
     lora_name: str = Field(min_length=1, max_length=255, description="Name under which the adapter is served.")
-    lora_path: str = Field(min_length=1, description="Folder with adapter_config.json and adapter_model.safetensors.")
+    lora_path: str = Field(
+        min_length=1,
+        description="Folder with adapter_config.json and adapter_model.safetensors, or its URL in the data root.",
+    )
     load_inplace: bool = Field(True, description="Accepted: a name is always replaced.")
 
 
@@ -61,6 +64,7 @@ def build_engine(settings: Settings) -> Engine:
         max_batch=settings.engine_max_batch,
         max_queue=settings.engine_max_queue,
         max_adapters=settings.engine_max_adapters,
+        storage=open_storage(settings),
     )
 
 
@@ -100,7 +104,7 @@ def create_app(engine: Engine) -> FastAPI:
     def load_lora_adapter(body: LoadLoraAdapter) -> Response:
         if body.lora_name == engine.runner.name:
             raise Invalid("lora_name: is the base's name", param="lora_name")
-        engine.adapters.load(body.lora_name, Path(body.lora_path).absolute())
+        engine.adapters.load(body.lora_name, body.lora_path)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     @app.post("/v1/unload_lora_adapter")

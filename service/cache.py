@@ -1,0 +1,176 @@
+"""What was fetched from an object store, on this machine's disk: whole or not there, and not more than a limit.
+
+Each thing has a note in .cache/: what it was fetched from, how large it is, and by its time when it was last used. The
+note is also its lock, shared by those who read the thing and taken by who fetches or removes it; a lock ends with its
+process, so a crash leaves none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.parse import quote, unquote
+
+log = logging.getLogger("lorry.storage")
+_NOTES = ".cache"
+_STALE = 86400.0  # seconds after which a half-fetched thing is nobody's
+_GRACE = 60.0  # seconds after its use in which a thing stays: a file may be opened after it was fetched
+
+Listing = dict[str, list[Any]]  # [bytes, version] of each file by its path below the thing; of a file under ''
+
+
+class Cache:
+    """The things below `root` that may be removed, since the store has them. Safe with any number of processes."""
+
+    def __init__(self, root: Path, limit: int) -> None:
+        self.root, self.limit = root, limit
+
+    @contextmanager
+    def using(
+        self, key: str, listing: Callable[[], Listing], download: Callable[[Iterable[str], Path], None]
+    ) -> Iterator[Path]:
+        """A thing, fetched if it is not here as `listing` says; it stays for as long as the block lasts."""
+        target = self.root / key
+        with self._locked(key, fcntl.LOCK_EX) as note:
+            try:
+                now = listing()
+                if not target.exists() or _read(note) != now:
+                    self._fetch(target, now, download)
+                    _write(note, now)
+            except BaseException:
+                if _read(note) is None:
+                    self._note(key).unlink(missing_ok=True)
+                raise
+            os.utime(note.fileno())
+            fcntl.flock(note, fcntl.LOCK_SH)
+            self.shrink()
+            yield target
+            os.utime(note.fileno())
+
+    def adopt(self, path: Path, key: str, listing: Listing) -> None:
+        """Take a thing that is here because it was made here, and is stored by now, from `path` to its place."""
+        target = self.root / key
+        with self._locked(key, fcntl.LOCK_EX) as note:
+            if path != target:
+                _remove(target)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, target)
+            _write(note, listing)
+            os.utime(note.fileno())
+        self.shrink()
+
+    def forget(self, key: str) -> None:
+        """Remove what the store no longer has. What somebody reads just now stays until it is its turn to leave."""
+        for _, _, name in self.notes():
+            if name == key or name.startswith(f"{key}/"):
+                self._drop(name)
+
+    def shrink(self) -> None:
+        """Remove what was not used for longest, until the rest is within the limit; what is in use stays."""
+        notes = self.notes()
+        total = sum(size for _, size, _ in notes)
+        now = time.time()
+        for used, size, key in sorted(notes):
+            if total <= self.limit or now - used < _GRACE:
+                break
+            if self._drop(key):
+                total -= size
+        for path in self._parts.glob("*"):  # what a process was fetching when it was killed
+            with contextlib.suppress(OSError):
+                if now - path.stat().st_mtime > _STALE:
+                    _remove(path)
+
+    def bytes(self) -> int:
+        """Bytes of all things here."""
+        return sum(size for _, size, _ in self.notes())
+
+    @property
+    def _parts(self) -> Path:
+        return self.root / _NOTES / "parts"
+
+    def _fetch(self, target: Path, listing: Listing, download: Callable[[Iterable[str], Path], None]) -> None:
+        staging = self._parts / f"{os.getpid()}-{os.urandom(6).hex()}"
+        old = staging.with_suffix(".old")
+        self._parts.mkdir(parents=True, exist_ok=True)
+        try:
+            download(listing, staging)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.exists():
+                os.replace(target, old)
+            os.replace(staging, target)
+        finally:
+            _remove(staging)
+            _remove(old)
+
+    def _drop(self, key: str) -> bool:
+        """Remove a thing unless somebody uses it; whether it went."""
+        try:
+            with self._locked(key, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                _remove(self.root / key)
+                self._note(key).unlink(missing_ok=True)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _note(self, key: str) -> Path:
+        return self.root / _NOTES / quote(key, safe="")
+
+    def notes(self) -> list[tuple[float, int, str]]:
+        """(last use, bytes, key) of each thing."""
+        out = []
+        folder = self.root / _NOTES
+        for path in folder.iterdir() if folder.is_dir() else []:
+            if path.is_dir():
+                continue
+            try:
+                used, listing = path.stat().st_mtime, json.loads(path.read_bytes() or b"{}")
+                out.append((used, sum(size for size, _ in listing.values()), unquote(path.name)))
+            except (OSError, ValueError):  # just removed, or just being written
+                continue
+        return out
+
+    @contextmanager
+    def _locked(self, key: str, how: int) -> Iterator[BinaryIO]:
+        """The note's file, locked. Raises BlockingIOError with LOCK_NB."""
+        path = self._note(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            with open(path, "a+b") as note:
+                fcntl.flock(note, how)
+                try:
+                    if os.fstat(note.fileno()).st_ino != path.stat().st_ino:
+                        continue  # removed while this waited; there may be a new one
+                except FileNotFoundError:
+                    continue
+                yield note
+                return
+
+
+def _read(note: BinaryIO) -> Any:
+    note.seek(0)
+    try:
+        return json.loads(note.read() or b"null")
+    except ValueError:
+        return None
+
+
+def _write(note: BinaryIO, listing: Listing) -> None:
+    note.truncate(0)
+    note.write(json.dumps(listing).encode())
+    note.flush()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
