@@ -193,7 +193,7 @@ def test_a_kill_between_row_and_files_leaves_nothing_that_dangles(api: Api) -> N
         "import os, service.retention as r\n"
         "from service.db import Database\n"
         "from service.settings import Settings\n"
-        "r._remove_files = lambda item: os.kill(os.getpid(), 9)\n"
+        "r._remove_files = lambda storage, item: os.kill(os.getpid(), 9)\n"
         "s = Settings()\n"
         "r.prune(Database(s.sqlalchemy_url), s)\n"
     )
@@ -250,7 +250,7 @@ def test_a_job_made_at_the_same_moment_has_what_it_names_or_is_refused(api: Api,
             gone = pool.submit(let_go, name)
             barrier.wait(60)
             answer = api.http.post("/v1/jobs", json=spec)
-            path = items[name].paths[0]
+            path = settings.data_dir / items[name].paths[0]
             if gone.result(60):
                 assert answer.status_code == 404, answer.text
                 assert error_of(answer)["code"] == ("file_not_found" if what == "upload" else "adapter_not_found")
