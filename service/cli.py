@@ -148,6 +148,8 @@ def _shown(name: str, value: object) -> str:
         return "(unset)"
     if name == "api_key":
         return "********"
+    if name == "storage_options" and isinstance(value, dict):  # each store has names of its own for its secrets
+        return str({key: "********" for key in value})
     if name in ("database_url", "redis_url") and "@" in str(value):
         scheme, _, rest = str(value).partition("://")
         return f"{scheme}://********@{rest.rpartition('@')[2]}"

@@ -47,6 +47,7 @@ def configure(settings: Settings, part: str | None = None) -> None:
         _process["part"] = part
     hide(settings.api_key, *(os.environ.get(name) for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")))
     hide(*(urlsplit(url).password for url in (settings.database_url, settings.redis_url) if url))
+    hide(*(value for value in settings.storage_options.values() if isinstance(value, str) and "://" not in value))
     try:
         logging.basicConfig(level=settings.log_level.upper(), handlers=[_handler(sys.stderr, _formatter())], force=True)
     except ValueError as error:

@@ -26,10 +26,11 @@ from service.logs import about_job, tail
 from service.models import AdapterRow, ArtifactRow, JobRow, RunRow
 from service.queue import JobQueue
 from service.settings import Settings
-from service.storage import Storage, open_storage
+from service.storage import Storage, StorageUnavailable, open_storage
 
 log = logging.getLogger("lorry.reconcile")
 _DISK_EVERY = 6  # passes: the disk is looked at less often than heartbeats and queue
+_SCRATCH_SECONDS = 3600.0  # after which the folder of a finished job's run, which is in an object store, is left over
 _CHUNK = 500  # ids in one query
 _UNHEARD_SECONDS = 30.0  # a worker may take so long to start, and a dead one so long to be forgotten
 
@@ -91,9 +92,12 @@ class Watch:
 _watches: defaultdict[str, Watch] = defaultdict(Watch)  # by database, for the life of the process
 
 
-def reconcile(db: Database, queue: JobQueue, settings: Settings) -> Report:
+def reconcile(db: Database, queue: JobQueue, settings: Settings, *, store: bool = True) -> Report:
     """Lost runs go back to the queue; children of failed jobs fail; queued jobs that the queue lacks are put there;
-    what ended runs left on disk is removed. Raises OperationalError while the database is out of reach."""
+    what ended runs left on disk is removed. Raises OperationalError while the database is out of reach.
+
+    Without `store` an object store is not looked at, which may take long when it is away: a worker has a child to watch.
+    """
     report = Report()
     watch = _watches[str(db.engine.url)]
     with watch.lock:
@@ -106,8 +110,8 @@ def reconcile(db: Database, queue: JobQueue, settings: Settings) -> Report:
         fill_queue(db, queue, watch, report)
         if watch.passes % _DISK_EVERY == 0:
             try:
-                compare_disk(db, settings, report)
-            except OSError as error:
+                compare_disk(db, settings, report, store=store)
+            except (OSError, StorageUnavailable) as error:
                 log.warning("could not look through the data folder, will try again: %s", error)
             tell(watch, report)
         watch.passes += 1
@@ -233,7 +237,7 @@ _OF_JOB = re.compile(r"\.?(job_[0-9a-f]{24})(?:\.([0-9a-f]{8}))?(?:\.\d+\.(?:tmp
 _IN_CHECKPOINTS = (".staging.*", ".checkpoint-*.old", ".checkpoint-*.tmp")  # as worker.trainer and worker.files write
 
 
-def compare_disk(db: Database, settings: Settings, report: Report) -> None:
+def compare_disk(db: Database, settings: Settings, report: Report, *, store: bool = True) -> None:
     """Remove what ended runs left half-made or unused; tell of adapters without a folder and folders without a job.
 
     The folders are listed before SQL is asked: what is in the list belongs to a run that had begun by then, so a job
@@ -241,9 +245,10 @@ def compare_disk(db: Database, settings: Settings, report: Report) -> None:
     """
     storage = open_storage(settings)
     here = Storage(settings.data_dir)
-    roots = [here, storage] if storage.remote else [here]
+    store = store and storage.remote
+    roots = [here, storage] if store else [here]
     found = [(root, *one) for root in roots for one in _leftovers(root)]
-    if storage.remote:
+    if store:
         adapters = {f"adapters/{name}" for name in storage.names("adapters")}
         storage.forget_deleted("files")
     folders = [name for name in here.names("jobs") if _OF_JOB.fullmatch(name)]
@@ -261,7 +266,11 @@ def compare_disk(db: Database, settings: Settings, report: Report) -> None:
             listed |= set(session.scalars(select(ArtifactRow.job_id).where(ArtifactRow.job_id.in_(some)).distinct()))
         for name, where in session.execute(select(AdapterRow.name, AdapterRow.path).where(AdapterRow.ready)):
             kept.add(Path(where or "").name)
-            if not (where in adapters if storage.remote else Path(where or "").is_dir()):
+            if store:  # one that came after the listing is asked for by itself
+                there = where in adapters or bool(storage.files(where or ""))
+            else:
+                there = storage.remote or Path(where or "").is_dir()
+            if not there:
                 report.missing.append(name)
     for root, key, job_id, run in found:
         if job_id not in jobs:
@@ -276,6 +285,12 @@ def compare_disk(db: Database, settings: Settings, report: Report) -> None:
             root.remove(key)
             report.swept.append(Path(root.address(key)))
     report.unknown += [here.place(f"jobs/{name}") for name in folders if name not in jobs]
+    if storage.remote:  # what a run left that was killed; one that is just ending stores its log
+        before = time.time() - _SCRATCH_SECONDS
+        for key in (f"jobs/{name}" for name in folders if name in jobs and jobs[name][0] in FINAL):
+            if here.modified(key) < before:
+                here.remove(key)
+                report.swept.append(here.place(key))
     drop_unfinished(settings)
 
 

@@ -26,7 +26,7 @@ from service.jobs.states import FINAL
 from service.locks import exclusive
 from service.models import AdapterRow, CheckpointRow, EventRow, FileRow, JobRow
 from service.settings import Settings
-from service.storage import Storage, open_storage
+from service.storage import Storage, StorageUnavailable, open_storage
 
 log = logging.getLogger("lorry.retention")
 _DAY = 86_400.0
@@ -80,7 +80,10 @@ def prune(db: Database, settings: Settings, *, stop: Callable[[], bool] = lambda
                 break
             try:
                 gone = remove(db, settings, item)
-            except OSError as error:  # one file that cannot be removed must not keep all behind it
+            except (
+                OSError,
+                StorageUnavailable,
+            ) as error:  # one file that cannot be removed must not keep all behind it
                 log.warning("could not remove %s %s: %s", item.kind, item.ref, error)
                 gone = False
             (report.gone if gone else report.kept).append(item)

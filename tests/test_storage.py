@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,11 +16,12 @@ from moto.moto_server.threaded_moto_server import ThreadedMotoServer
 import service.cache as caching
 from service.archive import BackupError
 from service.backup import backup
+from service.cli import main
 from service.db import Database
 from service.migrate import upgrade
 from service.models import AdapterRow, CheckpointRow
 from service.queue import JobQueue
-from service.reconcile import Report, compare_disk
+from service.reconcile import Report, compare_disk, reconcile
 from service.restore import restore
 from service.retention import prune
 from service.settings import Settings
@@ -196,6 +199,22 @@ def test_a_store_that_is_away_is_said_so(tmp_path: Path) -> None:
     for call in (lambda: storage.read("x"), lambda: storage.fetch("x"), lambda: storage.store(tmp_path, "x")):
         with pytest.raises(StorageUnavailable, match="s3://lorry/x"):
             call()
+
+
+def test_a_store_that_is_away_ends_nobody_s_reconciling_and_its_key_is_in_no_listing(
+    sqlite_url: str, redis_url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"key": "who-asks", "secret": "not-for-you", "endpoint_url": f"http://127.0.0.1:{free_port()}"}
+    settings = Root("s3://lorry/x", options).settings(tmp_path / "a", database_url=sqlite_url, redis_url=redis_url)
+    monkeypatch.setattr("s3fs.S3FileSystem.retries", 1)
+    with serve(settings) as api:
+        assert reconcile(api.db, api.queue, settings).missing == []
+    monkeypatch.setenv("LORRY_DATA_DIR", "s3://lorry/x")
+    monkeypatch.setenv("LORRY_DATABASE_URL", sqlite_url)
+    monkeypatch.setenv("LORRY_STORAGE_OPTIONS", json.dumps(options))
+    main(["settings"])
+    assert "not-for-you" not in (shown := capsys.readouterr().out)
+    assert "s3://lorry/x" in shown
 
 
 def test_a_url_needs_a_database_that_hosts_can_share_and_a_known_scheme(tmp_path: Path) -> None:
@@ -391,8 +410,11 @@ def test_what_a_dead_run_stored_is_swept_and_a_folder_that_is_gone_is_told(
     open_storage(other.settings).fetch(keys["dead"])
     for name, to in (("done", "succeeded"), ("gone", "succeeded"), ("dead", "failed")):
         end(host, jobs[name], runs[name], to)  # type: ignore[arg-type]
+    scratch, ending = (folder(other.settings.job_dir(jobs[name]), log="x") for name in ("done", "dead"))
+    os.utime(scratch, (0, 0))
     report = Report()
     compare_disk(other.db, other.settings, report)
+    assert (scratch.exists(), ending.exists()) == (False, True), "a run that is just ending stores its log first"
     assert set(store.names("adapters")) == {keys[n].removeprefix("adapters/") for n in ("done", "live")}
     assert store.names("exports") == []
     assert report.missing == ["gone"]

@@ -132,7 +132,7 @@ class LorryWorker(Worker):  # type: ignore[misc, unused-ignore]
         self.reconciled = time.monotonic()
         db = Database(self.settings.sqlalchemy_url)  # one for each pass: nothing of it may cross a fork
         try:
-            reconcile(db, JobQueue(self.settings.redis_url, self.settings.queue), self.settings)
+            reconcile(db, JobQueue(self.settings.redis_url, self.settings.queue), self.settings, store=False)
         except SQLAlchemyError as error:
             log.warning("could not reconcile: %s", error)
         finally:
@@ -231,7 +231,7 @@ def main(queues: str | None = None) -> None:
         raise SystemExit("the database is not at the newest revision: run `lorry migrate`")
     wait_for_queue(settings)
     db = Database(settings.sqlalchemy_url)
-    reconcile(db, JobQueue(settings.redis_url, settings.queue), settings)
+    reconcile(db, JobQueue(settings.redis_url, settings.queue), settings, store=False)
     db.dispose()  # nothing of it may cross the fork
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # inherited by the child, until it can act on it
     try:
