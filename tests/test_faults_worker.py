@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +23,7 @@ from service.queue import JobQueue
 from service.settings import Settings
 from tests.conftest import new_database
 from tests.recipes import cpt_spec
-from tests.worker_kit import Host
+from tests.worker_kit import ROOT, Host, child_of, gone
 from worker.progress import SqlProgress, persist
 from worker.tasks import run_job
 
@@ -53,6 +57,49 @@ def test_a_run_that_can_have_no_log_is_a_failure_with_its_reason(host: Host, mon
     assert row.error is not None
     assert "Error: " in row.error["message"]
     assert "attempt 2 of 2" in row.error["message"]
+
+
+def test_a_signal_to_a_child_that_has_just_been_forked_is_not_lost(host: Host) -> None:
+    """Sent at the first line that the child runs, when it still has its parent's handlers."""
+    script = """
+import os, signal
+from service.settings import Settings
+from worker.run import LorryWorker
+
+parent, real = os.getpid(), os.setpgrp
+def setpgrp():
+    real()
+    if os.getpid() != parent:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+os.setpgrp = setpgrp
+worker = LorryWorker(Settings())
+worker.work(burst=True, with_scheduler=False)
+print("ended by", os.WTERMSIG(worker.horse_status), worker.told_to_stop)
+"""
+    names = ("data_dir", "database_url", "redis_url", "queue", "max_attempts")
+    env = {**os.environ, **{f"LORRY_{n.upper()}": str(getattr(host.settings, n)) for n in names}}
+    submit(host)
+    command = [sys.executable, "-c", script]
+    env["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=True)
+    assert "ended by 15 False" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_child_that_hangs_without_its_job_is_killed_and_its_worker_goes_on(
+    host: Host, tiny_base: Path, tmp_path: Path
+) -> None:
+    host.settings.heartbeat_timeout_seconds, host.settings.heartbeat_seconds = 6.0, 0.5
+    (tmp_path / "bad.jsonl").write_text('{"text": 1}\n')  # found out at once
+    job = host.submit(cpt_spec(tiny_base, dataset={"file_id": host.upload(tmp_path / "bad.jsonl")}))
+    with host.worker("-c", "from worker import run; run.STRAY_TIMEOUTS = 1; run.main()") as process:
+        child = child_of(process)
+        os.kill(child, signal.SIGSTOP)
+        assert gone(child, 200), host.log.read_text()
+        row = host.status(job, "failed")
+    assert "hangs without its job" in host.log.read_text()
+    assert row.error is not None
+    assert row.error["code"] == "invalid_data", "the same worker took the job again"
 
 
 def test_a_full_database_is_waited_for(host: Host) -> None:

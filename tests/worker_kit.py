@@ -100,7 +100,7 @@ class Host:
         return self.wait(job_id, reached, seconds)
 
     @contextmanager
-    def worker(self) -> Iterator[subprocess.Popen[bytes]]:
+    def worker(self, *command: str) -> Iterator[subprocess.Popen[bytes]]:
         env = {k: v for k, v in os.environ.items() if not k.startswith("LORRY_")}
         for name in (
             "data_dir",
@@ -118,7 +118,11 @@ class Host:
         env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         with open(self.log, "ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "worker.run"], env=env, stdout=log, stderr=log, cwd=self.settings.data_dir
+                [sys.executable, *(command or ("-m", "worker.run"))],
+                env=env,
+                stdout=log,
+                stderr=log,
+                cwd=self.settings.data_dir,
             )
         try:
             yield process

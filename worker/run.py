@@ -34,6 +34,8 @@ from service.settings import Settings
 from worker.progress import persist
 
 log = logging.getLogger("lorry.worker")
+_STOPS = (signal.SIGTERM, signal.SIGINT)
+STRAY_TIMEOUTS = 15  # heartbeat time-outs (20 s each) that a child may live without having its job
 
 
 class LorryWorker(Worker):  # type: ignore[misc, unused-ignore]
@@ -51,6 +53,8 @@ class LorryWorker(Worker):  # type: ignore[misc, unused-ignore]
         self.stop_deadline: float | None = None
         self.told_to_stop = False
         self.reconciled = float("-inf")
+        self.running: str | None = None  # the job of the child
+        self.astray: float | None = None  # since when the child has been seen without it
         name = f"{socket.gethostname()}.{os.getpid()}.{os.urandom(3).hex()}"
         # Two tries: with redis-py's eleven, a server that is there but does not answer would hold this process up for
         # minutes, its child unwatched.
@@ -85,6 +89,7 @@ class LorryWorker(Worker):  # type: ignore[misc, unused-ignore]
     def execute_job(self, job: Job, queue: Queue) -> Any:
         self.horse_status = None
         self.oom_kills = oom_kills()
+        self.running, self.astray = job_of(job.id), None
         with belonging(job=job_of(job.id)):
             try:
                 return super().execute_job(job, queue)
@@ -95,6 +100,19 @@ class LorryWorker(Worker):  # type: ignore[misc, unused-ignore]
                 return None
             finally:
                 self.settle(job_of(job.id))
+                self.running = None
+
+    def fork_work_horse(self, job: Job, queue: Queue) -> None:
+        # A signal to the child waits until it has handlers of its own: with this process's it would be lost.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+        try:
+            super().fork_work_horse(job, queue)  # returns in the parent only
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
+
+    def setup_work_horse_signals(self) -> None:
+        super().setup_work_horse_signals()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
 
     def monitor_work_horse(self, job: Job, queue: Queue) -> None:
         """Watch the child until it has ended, whatever becomes of the queue meanwhile."""
@@ -133,10 +151,26 @@ class LorryWorker(Worker):  # type: ignore[misc, unused-ignore]
         db = Database(self.settings.sqlalchemy_url)  # one for each pass: nothing of it may cross a fork
         try:
             reconcile(db, JobQueue(self.settings.redis_url, self.settings.queue), self.settings, store=False)
+            self.end_stray(db)
         except SQLAlchemyError as error:
             log.warning("could not reconcile: %s", error)
         finally:
             db.dispose()
+
+    def end_stray(self, db: Database) -> None:
+        """Kill a child that has not had its job for long: it hangs, and this worker would never take another."""
+        if not self.horse_pid or self.running is None:
+            return
+        with db.read() as session:
+            row = repository.get(session, self.running)
+        now = time.monotonic()
+        if row is not None and row.status in ACTIVE and row.worker == self.name:
+            self.astray = None
+        elif self.astray is None:
+            self.astray = now
+        elif now - self.astray > STRAY_TIMEOUTS * self.settings.heartbeat_timeout_seconds:
+            log.error("process %d hangs without its job and is killed", self.horse_pid)
+            self.kill_horse(signal.SIGKILL)
 
     def wait_for_horse(self) -> Any:
         if self.stop_deadline and time.monotonic() > self.stop_deadline:
