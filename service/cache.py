@@ -61,7 +61,7 @@ class Cache:
         target = self.root / key
         with self._locked(key, fcntl.LOCK_EX) as note:
             if path != target:
-                _remove(target)
+                remove(target)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(path, target)
             _write(note, listing)
@@ -87,7 +87,7 @@ class Cache:
         for path in self._parts.glob("*"):  # what a process was fetching when it was killed
             with contextlib.suppress(OSError):
                 if now - path.stat().st_mtime > _STALE:
-                    _remove(path)
+                    remove(path)
 
     def bytes(self) -> int:
         """Bytes of all things here."""
@@ -108,14 +108,14 @@ class Cache:
                 os.replace(target, old)
             os.replace(staging, target)
         finally:
-            _remove(staging)
-            _remove(old)
+            remove(staging)
+            remove(old)
 
     def _drop(self, key: str) -> bool:
         """Remove a thing unless somebody uses it; whether it went."""
         try:
             with self._locked(key, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                _remove(self.root / key)
+                remove(self.root / key)
                 self._note(key).unlink(missing_ok=True)
         except BlockingIOError:
             return False
@@ -169,7 +169,8 @@ def _write(note: BinaryIO, listing: Listing) -> None:
     note.flush()
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file or folder, if it is there."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:

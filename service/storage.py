@@ -12,13 +12,13 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from service.cache import Cache
+from service.cache import Cache, Listing, remove
 from service.errors import Unavailable
 from service.settings import Settings
 
@@ -71,7 +71,7 @@ class Storage:
 
         Raises FileNotFoundError and StorageUnavailable; what a folder holds is not looked at.
         """
-        return _as_it_is(self.place(where))
+        return nullcontext(self.place(where))
 
     def fetch(self, where: str | Path) -> Path:
         """A thing on this machine's disk, for at least a minute. Raises as `using`."""
@@ -137,11 +137,7 @@ class Storage:
 
     def remove(self, where: str | Path) -> None:
         """Remove a file or folder, if it is there."""
-        path = self.place(where)
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        remove(self.place(where))
 
     def address(self, where: str | Path) -> str:
         """What another process is told to find a thing by: see `from_address`."""
@@ -150,11 +146,6 @@ class Storage:
     def from_address(self, address: str) -> str:
         """The key or path that `address` gave."""
         return address
-
-
-@contextmanager
-def _as_it_is(path: Path) -> Iterator[Path]:
-    yield path
 
 
 class ObjectStorage(Storage):
@@ -183,37 +174,33 @@ class ObjectStorage(Storage):
             raise FileNotFoundError(f"{where} is not in {self.url}") from None
 
     def store(self, path: Path, key: str, *, move: bool = True, apart: bool = False) -> str:
-        sizes = {
-            ("" if p == path else p.relative_to(path).as_posix()): p.stat().st_size
-            for p in ([path] if path.is_file() else path.rglob("*"))
-            if p.is_file()
-        }
+        sizes = super().files(path)
 
-        def put() -> dict[str, tuple[int, str]]:
+        def put() -> Listing:
             for name in sizes:
                 self.fs.put_file(str(path / name if name else path), self._full(key, name))
             stored = self._listing(key)
-            if any(stored.get(name, (-1, ""))[0] != size for name, size in sizes.items()):
+            if any(stored.get(name, [-1])[0] != size for name, size in sizes.items()):
                 raise OSError(f"{self.url} does not have all of what was stored as {key}")
             return stored
 
         stored = self._try(put, f"store {key}")
         if move and apart:
             for name, entry in stored.items():
-                self.cache.adopt(path / name, f"{key}/{name}", {"": list(entry)})
+                self.cache.adopt(path / name, f"{key}/{name}", {"": entry})
             shutil.rmtree(path, ignore_errors=True)
         elif move:
-            self.cache.adopt(path, key, {name: list(entry) for name, entry in stored.items()})
+            self.cache.adopt(path, key, stored)
         return key
 
     def using(self, where: str | Path) -> AbstractContextManager[Path]:
         key = self.key(where)
 
-        def listing() -> dict[str, list[Any]]:
+        def listing() -> Listing:
             found = self._try(lambda: self._listing(key), f"look for {key}")
             if not found:
                 raise FileNotFoundError(f"{key} is not in {self.url}")
-            return {name: list(entry) for name, entry in found.items()}
+            return found
 
         def download(names: Iterable[str], target: Path) -> None:
             for name in names:
@@ -291,12 +278,11 @@ class ObjectStorage(Storage):
     def _full(self, key: str, name: str = "") -> str:
         return "/".join(part for part in (self.base, key, name) if part)
 
-    def _listing(self, key: str) -> dict[str, tuple[int, str]]:
-        """(bytes, version) of each file below a key, by its path below it; of a file under ''."""
+    def _listing(self, key: str) -> Listing:
         full = self._full(key)
         found = self.fs.find(full, detail=True)
         return {
-            str(name)[len(full) :].lstrip("/"): (int(info["size"]), str(info.get("ETag") or _time(info)))
+            str(name)[len(full) :].lstrip("/"): [int(info["size"]), str(info.get("ETag") or _time(info))]
             for name, info in found.items()
             if str(name) == full or str(name).startswith(f"{full}/")
         }

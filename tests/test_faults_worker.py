@@ -14,16 +14,13 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from service.db import Database
 from service.ids import new_id
 from service.jobs import repository
 from service.jobs.repository import Fenced
-from service.migrate import upgrade
-from service.queue import JobQueue
 from service.settings import Settings
 from tests.conftest import new_database
 from tests.recipes import cpt_spec
-from tests.worker_kit import ROOT, Host, child_of, gone
+from tests.worker_kit import ROOT, Host, child_of, gone, host_on
 from worker.progress import SqlProgress, persist
 from worker.tasks import run_job
 
@@ -31,12 +28,8 @@ from worker.tasks import run_job
 @pytest.fixture
 def host(request: pytest.FixtureRequest, make_settings: Callable[..., Settings], tmp_path: Path) -> Iterator[Host]:
     url = new_database("sqlite", tmp_path, request)
-    upgrade(url)
-    settings = make_settings(database_url=url, max_attempts=2)
-    db, queue = Database(url), JobQueue(settings.redis_url, settings.queue)
-    yield Host(settings, db, queue, tmp_path / "worker.log")
-    db.dispose()
-    queue.redis.close()
+    with host_on(make_settings(database_url=url, max_attempts=2), tmp_path / "worker.log") as made:
+        yield made
 
 
 def submit(host: Host) -> str:

@@ -16,11 +16,9 @@ from rq import Worker
 from sqlalchemy import update
 
 from service.cli import main
-from service.db import Database
 from service.ids import new_id
 from service.jobs import repository
 from service.jobs import service as jobs
-from service.migrate import upgrade
 from service.models import JobRow
 from service.queue import JobQueue
 from service.queue_names import needs_of, queue_of, queues_of, sees_gpu
@@ -28,19 +26,15 @@ from service.reconcile import Watch, after_end, give_back
 from service.settings import Settings, get_settings
 from tests.conftest import Api, new_database
 from tests.steps import cpt, error_of, post, unique
-from tests.worker_kit import ROOT, Host
+from tests.worker_kit import ROOT, Host, host_on
 from worker.run import LorryWorker
 
 
 @pytest.fixture
 def host(request: pytest.FixtureRequest, make_settings: Callable[..., Settings], tmp_path: Path) -> Iterator[Host]:
     url = new_database(getattr(request, "param", "sqlite"), tmp_path, request)
-    upgrade(url)
-    settings = make_settings(database_url=url)
-    db, queue = Database(url), JobQueue(settings.redis_url, settings.queue)
-    yield Host(settings, db, queue, tmp_path / "worker.log")
-    db.dispose()
-    queue.redis.close()
+    with host_on(make_settings(database_url=url), tmp_path / "worker.log") as made:
+        yield made
 
 
 both_databases = pytest.mark.parametrize("host", ["sqlite", "postgres"], indirect=True)

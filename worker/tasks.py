@@ -15,7 +15,6 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 from sqlalchemy import update
@@ -80,7 +79,7 @@ def attempt(db: Database, queue: JobQueue, settings: Settings, row: JobRow, run_
     with job_log(run_dir / "log.txt", **about), stop_on_signal(progress):
         log.info("%s", run_started(row.id, row.attempt, run_id))
         try:
-            with progress:
+            with progress, workspace:
                 outcome = execute(db, queue, settings, row, progress, workspace)
             finish(db, settings, row, run_id, outcome)
         except Interrupted as interrupted:
@@ -97,19 +96,6 @@ def execute(
     db: Database, queue: JobQueue, settings: Settings, row: JobRow, progress: SqlProgress, workspace: Workspace
 ) -> Outcome:
     """Resolve what the spec names to paths, run its recipe, and store what it has made."""
-    with contextlib.ExitStack() as held:  # what was fetched stays for as long as the recipe runs
-        return _execute(db, queue, settings, row, progress, workspace, held)
-
-
-def _execute(
-    db: Database,
-    queue: JobQueue,
-    settings: Settings,
-    row: JobRow,
-    progress: SqlProgress,
-    workspace: Workspace,
-    held: contextlib.ExitStack,
-) -> Outcome:
     storage = workspace.storage
     spec = parse_spec(row.spec)
     progress.phase("starting")
@@ -136,11 +122,9 @@ def _execute(
         run_dir=workspace.run_dir,
         out_dir=(exports if isinstance(spec, ExportSpec) else ours).absolute(),
         base=base,
-        file=_held(held, storage, file, "invalid_data", "dataset.file_id: the file's bytes are gone"),
-        eval_file=_held(held, storage, eval_file, "invalid_data", "dataset.eval_file_id: the file's bytes are gone"),
-        parent=_held(
-            held, storage, parent.path if parent else None, "adapter_not_found", "the files of its adapter are gone"
-        ),
+        file=workspace.use(file, "invalid_data", "dataset.file_id: the file's bytes are gone"),
+        eval_file=workspace.use(eval_file, "invalid_data", "dataset.eval_file_id: the file's bytes are gone"),
+        parent=workspace.use(parent.path if parent else None, "adapter_not_found", "the files of its adapter are gone"),
     )
     workspace.take_up(rows)
     paths.out_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -163,16 +147,6 @@ def _execute(
         progress.phase("storing")
     workspace.keep_result(outcome, paths.out_dir, row.kind)
     return outcome
-
-
-def _held(
-    held: contextlib.ExitStack, storage: Storage, where: str | Path | None, code: str, message: str
-) -> Path | None:
-    """A thing on this machine, until `held` ends. Raises JobFailure if it is gone, and StorageUnavailable."""
-    try:
-        return held.enter_context(storage.using(where)) if where is not None else None
-    except FileNotFoundError as error:
-        raise JobFailure(code, f"{message}: {error}") from error
 
 
 def upload_of(

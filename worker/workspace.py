@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 
+from service.errors import JobFailure
 from service.models import CheckpointRow
 from service.settings import Settings
 from service.storage import Storage, StorageUnavailable
@@ -19,14 +21,22 @@ from worker.outcome import Outcome
 log = logging.getLogger("lorry.worker")
 
 
-class Workspace:
-    """A run's folder and the data root."""
+class Workspace(ExitStack):
+    """A run's folder and the data root. What the run uses of the latter stays on this machine until the block's end."""
 
     def __init__(self, storage: Storage, settings: Settings, job_id: str, run_id: str) -> None:
+        super().__init__()
         self.storage, self.job_id, self.run_id = storage, job_id, run_id
         self.run_dir = settings.job_dir(job_id).absolute()
         self.exports_dir = settings.exports_dir.absolute()
         self._stored: dict[int, tuple[int, str]] = {}  # step → (time of the folder, path in its row)
+
+    def use(self, where: str | Path | None, code: str, message: str) -> Path | None:
+        """A thing on this machine. Raises JobFailure if it is gone, and StorageUnavailable."""
+        try:
+            return self.enter_context(self.storage.using(where)) if where is not None else None
+        except FileNotFoundError as error:
+            raise JobFailure(code, f"{message}: {error}") from error
 
     def take_up(self, rows: Iterable[CheckpointRow]) -> None:
         """Have the checkpoints that the rows name in the run's folder, and no others.
