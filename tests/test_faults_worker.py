@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -85,11 +84,27 @@ def test_a_child_that_hangs_without_its_job_is_killed_and_its_worker_goes_on(
     host.settings.heartbeat_timeout_seconds, host.settings.heartbeat_seconds = 6.0, 0.5
     (tmp_path / "bad.jsonl").write_text('{"text": 1}\n')  # found out at once
     job = host.submit(cpt_spec(tiny_base, dataset={"file_id": host.upload(tmp_path / "bad.jsonl")}))
-    with host.worker("-c", "from worker import run; run.STRAY_TIMEOUTS = 1; run.main()") as process:
+    # The first child stops before it has a process group of its own, in which it could be killed with what it started.
+    script = f"""
+import os, pathlib, signal
+from worker import run
+
+parent, real, once = os.getpid(), os.setpgrp, pathlib.Path({str(tmp_path / "once")!r})
+def setpgrp():
+    if os.getpid() != parent and not once.exists():
+        once.touch()
+        os.kill(os.getpid(), signal.SIGSTOP)
+    real()
+
+os.setpgrp = setpgrp
+run.STRAY_TIMEOUTS = 1
+run.main()
+"""
+    with host.worker("-c", script) as process:
         child = child_of(process)
-        os.kill(child, signal.SIGSTOP)
         assert gone(child, 200), host.log.read_text()
         row = host.status(job, "failed")
+        assert process.poll() is None, "its worker was killed with it"
     assert "hangs without its job" in host.log.read_text()
     assert row.error is not None
     assert row.error["code"] == "invalid_data", "the same worker took the job again"

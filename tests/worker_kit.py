@@ -124,6 +124,7 @@ class Host:
                 stdout=log,
                 stderr=log,
                 cwd=self.settings.data_dir,
+                start_new_session=True,
             )
         try:
             yield process

@@ -172,6 +172,17 @@ class LorryWorker(Worker):  # type: ignore[misc, unused-ignore]
             log.error("process %d hangs without its job and is killed", self.horse_pid)
             self.kill_horse(signal.SIGKILL)
 
+    def kill_horse(self, sig: signal.Signals = signal.SIGKILL) -> None:
+        """Kill the child and what it started. RQ's own kills its process group, which is still this process's, and that
+        of who started it, until the child has got as far as making one of its own."""
+        try:
+            if os.getpgid(self.horse_pid) == self.horse_pid:
+                os.killpg(self.horse_pid, sig)
+            else:
+                os.kill(self.horse_pid, sig)
+        except ProcessLookupError:
+            pass
+
     def wait_for_horse(self) -> Any:
         if self.stop_deadline and time.monotonic() > self.stop_deadline:
             log.error("the job did not stop within %g s and is killed", self.settings.shutdown_seconds)
