@@ -386,7 +386,6 @@ def test_continue_refuses_another_rank(trained: Run, tiny_base: Path, talks: Pat
     [
         ({"lora": {"target_modules": ["q_proj", "nonsense"]}}, "invalid_spec", "no module named nonsense"),
         ({"dataset": {"template": {"prompt": "{missing}"}}}, "invalid_data", "missing"),
-        ({"training": {"packing": True}}, "unsupported", "packing"),
     ],
 )
 def test_a_spec_that_cannot_be_met_fails_with_its_reason(

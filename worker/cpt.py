@@ -6,7 +6,6 @@ from typing import Any
 
 from service.specs import CptSpec
 from worker import model as models
-from worker import trainer as trainers
 from worker.base_model import load_tokenizer
 from worker.data import prepare
 from worker.fit import Build, fit, tokens_per_pass
@@ -19,7 +18,6 @@ def run(spec: CptSpec, context: Context) -> Outcome:
     Raises JobFailure (bad data, model or spec; nothing was trained), Interrupted and Fenced.
     """
     progress, paths = context.progress, context.paths
-    trainers.check_packing(spec)
 
     # Data first: a bad row must not cost a model's load.
     progress.phase("data")

@@ -15,10 +15,13 @@ from service.specs import CptSpec, IftSpec
 from worker import adapter_io, record, verify
 from worker import model as models
 from worker import trainer as trainers
+from worker.checkpoints import checkpoints_in, read_pending
 from worker.data import Prepared
 from worker.files import folder_bytes, whole_folder
 from worker.optimizer import check_optimizer
 from worker.outcome import Ask, Context, Interrupted, Outcome, check
+from worker.packing import choose_packing
+from worker.passes import Capacity
 from worker.push import push_adapter
 from worker.verify_math import next_token_logprobs
 
@@ -84,6 +87,8 @@ def train_and_save(
     paths, progress = context.paths, context.progress
     model = build.model()
     counts = models.count_parameters(model)
+    packing = choose_packing(spec.training.packing, model)
+    capacity, eval_capacity = capacities(spec, data, packed=packing["used"], checkpoints=context.checkpoints)
     probe = [row[:PROBE_TOKENS] for row in (data.eval or data.train)[:PROBE_ROWS]["input_ids"]]
 
     def save_adapter(folder: Path, step: int) -> None:
@@ -91,6 +96,14 @@ def train_and_save(
         about = {**context.about, "step": step, "trained_on": trained_on, "data_fingerprint": data.fingerprint}
         adapter_io.save(model, tokenizer, data.template, about, probe, folder, parent=build.parent, base=paths.base)
 
+    def narrowed(what: str, capacity: Capacity, reason: str) -> None:
+        held = f"{capacity.tokens} tokens" if capacity.packed else f"{capacity.rows} rows"
+        progress.log(
+            f"out of memory in {what}: from here on a pass has at most {held}; what is learnt is the same. {reason}"
+        )
+        progress.record({"passes": describe_passes(capacity_of)})
+
+    capacity_of = {"train": capacity, "eval": eval_capacity}
     args = trainers.training_arguments(
         spec,
         paths.run_dir,
@@ -107,6 +120,9 @@ def train_and_save(
         save_adapter=save_adapter,
         fence=progress.asked,
         save_total_limit=spec.training.save_total_limit,
+        capacity=capacity,
+        eval_capacity=eval_capacity,
+        narrowed=narrowed,
     )
     groups = check_optimizer(trainer, spec)
     used = str(getattr(args.optim, "value", args.optim))
@@ -118,7 +134,8 @@ def train_and_save(
             "versions": record.versions(),
             "compute": models.compute_types(model, args),
             "gradient_checkpointing": build.checkpointing,
-            "packing": {"asked": spec.training.packing, "used": False},
+            "packing": packing,
+            "passes": describe_passes(capacity_of),
         }
     )
     check(progress)
@@ -128,7 +145,7 @@ def train_and_save(
     asked = trainers.train(trainer, spec, progress, context.checkpoints)
     if asked:
         return asked
-    result = {**trainers.final_losses(trainer), **counts, "tokens": int(trainer.tokens)}
+    result = {**trainers.final_losses(trainer), **counts, "tokens": trainer.tokens}
     result["data_fingerprint"] = data.fingerprint
 
     progress.phase("saving")
@@ -141,3 +158,28 @@ def train_and_save(
 def tokens_per_pass(spec: CptSpec | IftSpec, data: Prepared) -> int:
     """Tokens in the largest forward pass, padding included."""
     return int(spec.training.per_device_train_batch_size * min(spec.model.max_seq_length, data.report["longest"]))
+
+
+def capacities(
+    spec: CptSpec | IftSpec, data: Prepared, *, packed: bool, checkpoints: Path
+) -> tuple[Capacity, Capacity]:
+    """What a pass may hold in training and in evaluation: as the spec asks, or what an earlier attempt found to fit.
+
+    Packed, a pass has the tokens that the spec's batch of full windows would have, so it needs no more memory. On a CPU,
+    where a packed pass is masked and not skipped, those of the batch as it is.
+    """
+    t = spec.training
+    longest = spec.model.max_seq_length if models.on_gpu() else min(spec.model.max_seq_length, data.report["longest"])
+    rows = {"train": t.per_device_train_batch_size, "eval": t.per_device_eval_batch_size}
+    made = {side: Capacity(packed, n, n * longest) for side, n in rows.items()}
+    present = checkpoints_in(checkpoints)
+    if present:
+        learnt = read_pending(present[max(present)]).get("capacity", {})
+        for side, values in learnt.items():
+            made[side].rows, made[side].tokens = values["rows"], values["tokens"]
+    return made["train"], made["eval"]
+
+
+def describe_passes(capacity_of: dict[str, Capacity]) -> dict[str, dict[str, int]]:
+    """For the record: the most that a pass holds, in rows where they are padded and in tokens where they are packed."""
+    return {side: {"tokens": c.tokens} if c.packed else {"rows": c.rows} for side, c in capacity_of.items()}

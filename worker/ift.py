@@ -7,7 +7,6 @@ from typing import Any
 from service.errors import JobFailure
 from service.specs import IftSpec
 from worker import model as models
-from worker import trainer as trainers
 from worker.base_model import load_tokenizer
 from worker.data import prepare
 from worker.export.merge import merge_into_base
@@ -21,7 +20,6 @@ def run(spec: IftSpec, context: Context) -> Outcome:
     Raises JobFailure (bad data, model, spec or init; nothing was trained), Interrupted and Fenced.
     """
     progress, paths = context.progress, context.paths
-    trainers.check_packing(spec)
     if spec.init and paths.parent is None:
         raise JobFailure("adapter_not_found", f"init.adapter: no adapter {spec.init.adapter}")
 

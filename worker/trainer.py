@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-import json
+import gc
 import os
 import shutil
-import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    EarlyStoppingCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-)
+from transformers import EarlyStoppingCallback, Trainer, TrainerState
 from unsloth import UnslothTrainer, UnslothTrainingArguments, is_bfloat16_supported
 
-from service.errors import JobFailure
 from service.specs import CptSpec, IftSpec
-from worker.files import folder_bytes, replace_folder, write_json
+from worker.checkpoints import (
+    PENDING,
+    STAGING,
+    checkpoints_in,
+    describe_checkpoints,
+    read_pending,
+    trainable_part,
+)
+from worker.files import replace_folder, write_json
 from worker.model import load_weights, on_gpu
 from worker.outcome import Ask, Interrupted, Progress
+from worker.passes import Capacity, collate, passes_of, trained_tokens
+from worker.reporter import Reporter
 
-PENDING, STAGING = "lorry_trainer.json", ".staging"
 SaveAdapter = Callable[[Path, int], None]  # (folder, step): write the adapter as it is now
+Narrowed = Callable[[str, Capacity, str], None]  # ("training" | "evaluation", what is left, the error's first line)
 
 
 def training_arguments(
@@ -40,9 +43,10 @@ def training_arguments(
     return UnslothTrainingArguments(
         embedding_learning_rate=t.embedding_learning_rate if spec.lora.train_embeddings else None,
         output_dir=str(run_dir / "checkpoints"),
-        per_device_train_batch_size=t.per_device_train_batch_size,
+        # All rows of a step at once: LorryTrainer splits them into passes itself (worker/passes.py).
+        per_device_train_batch_size=t.per_device_train_batch_size * t.gradient_accumulation_steps,
         per_device_eval_batch_size=t.per_device_eval_batch_size,
-        gradient_accumulation_steps=t.gradient_accumulation_steps,
+        gradient_accumulation_steps=1,
         # transformers 5: a float below 1 is a ratio, and 1 or more a number of steps.
         warmup_steps=min(t.warmup_ratio, 0.999999),
         num_train_epochs=t.num_train_epochs,
@@ -54,6 +58,7 @@ def training_arguments(
         lr_scheduler_type=t.lr_scheduler_type,
         logging_steps=t.logging_steps,
         logging_first_step=True,
+        logging_nan_inf_filter=False,  # a loss that is not a number is to be seen; and looking for one waits for the GPU
         eval_strategy="steps" if has_eval else "no",
         eval_steps=t.eval_steps if has_eval else None,
         eval_on_start=has_eval and not resuming,
@@ -84,33 +89,92 @@ class LorryTrainer(UnslothTrainer):  # type: ignore[misc, unused-ignore]
     """UnslothTrainer with whole checkpoints, float32 trainable weights and an evaluation that computes the loss only."""
 
     def __init__(
-        self, *, save_adapter: SaveAdapter, fence: Callable[[], Any], save_total_limit: int, **kwargs: Any
+        self,
+        *,
+        save_adapter: SaveAdapter,
+        fence: Callable[[], Any],
+        save_total_limit: int,
+        capacity: Capacity,
+        eval_capacity: Capacity,
+        narrowed: Narrowed,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(data_collator=collate, **kwargs)
+        self.capacity, self.eval_capacity, self.narrowed = capacity, eval_capacity, narrowed
         self.save_adapter = save_adapter
         self.fence = fence  # raises Fenced if another run has the job and writes to the same folder
         self.evaluation_due = False  # the step's evaluation was interrupted
         self.asked = False  # what stops the training was asked for: steps are left to take
         self.staging = Path(self.args.output_dir) / f"{STAGING}.{os.urandom(4).hex()}"
         self.keep = save_total_limit
-        self.tokens = torch.zeros((), dtype=torch.long, device=self.args.device)  # on the device: no sync per step
+        self.tokens = 0  # of all rows so far, without padding
         # TRL casts the trainable weights of a 4-bit model to bfloat16, where a step of 1e-5 on an embedding is lost to
         # rounding. Optimiser and weights stay in float32, as Unsloth keeps them on a GPU.
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
 
-    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        mask = inputs.get("attention_mask")
-        self.tokens += mask.sum().to(self.tokens.device) if mask is not None else inputs["input_ids"].numel()
-        return super().training_step(model, inputs, *args, **kwargs)
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        """The next step's rows and how many of their tokens are trained."""
+        batches = list(islice(epoch_iterator, num_batches))
+        return batches, sum(trained_tokens(batch) for batch in batches)
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward for all rows of a step. Returns the mean loss of their trained tokens."""
+
+        def compute() -> torch.Tensor:
+            passes = list(passes_of(inputs, self.capacity, self.processing_class.pad_token_id))
+            losses = [super(LorryTrainer, self).training_step(model, each, num_items_in_batch) for each in passes]
+            return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
+
+        loss = self._within_memory(compute, "training", self.capacity, inputs["lengths"])
+        self.tokens += sum(inputs["lengths"])
+        return loss
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[torch.Tensor, None, None]:
+        """The mean loss of a batch's trained tokens, in as many passes as the memory wants."""
+
+        def compute() -> torch.Tensor:
+            passes = list(passes_of(inputs, self.eval_capacity, self.processing_class.pad_token_id))
+            counts = [trained_tokens(each) for each in passes]
+            losses = [super(LorryTrainer, self).prediction_step(model, each, True, ignore_keys)[0] for each in passes]
+            if len(losses) == 1:
+                return losses[0]
+            return sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
+
+        return self._within_memory(compute, "evaluation", self.eval_capacity, inputs["lengths"]), None, None
+
+    def _within_memory(
+        self, compute: Callable[[], torch.Tensor], what: str, capacity: Capacity, lengths: list[int]
+    ) -> torch.Tensor:
+        """Run `compute`; where the GPU's memory does not bear it, halve the passes and run it from its start.
+
+        A step begins without gradients, so that one begun anew counts nothing twice. Raises torch.OutOfMemoryError if
+        one row alone is too much.
+        """
+        while True:
+            try:
+                return compute()
+            except torch.OutOfMemoryError as error:
+                reason = str(error).splitlines()[0]
+                if not capacity.halve(lengths):
+                    raise
+            # Out here the error is gone, and with it the frames that held the pass's tensors.
+            self.model.zero_grad(set_to_none=True)
+            gc.collect()
+            if on_gpu():
+                torch.cuda.empty_cache()
+            self.narrowed(what, capacity, reason)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        if model.training:
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        # TRL would also compute entropy and accuracy over the whole vocabulary, which costs more than the loss.
+        # Past TRL, which would also compute entropy and accuracy over the whole vocabulary: that costs more than the loss.
         inputs["use_cache"] = False
         return Trainer.compute_loss(self, model, inputs, *args, **kwargs)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0  # nobody reads it, and it counts all parameters anew at every step
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         self.save_adapter(Path(output_dir or self.args.output_dir), self.state.global_step)
@@ -121,7 +185,7 @@ class LorryTrainer(UnslothTrainer):  # type: ignore[misc, unused-ignore]
         name = f"checkpoint-{self.state.global_step}"
         target, staging_root = Path(final_root) / name, self.staging
         shutil.rmtree(staging_root, ignore_errors=True)
-        self.state.num_input_tokens_seen = int(self.tokens)
+        self.state.num_input_tokens_seen = self.tokens
         self._point_to_best(target)
         # The base class writes below args.output_dir and rotates there; with one checkpoint in it, it rotates nothing.
         self.args.output_dir = str(staging_root)
@@ -139,6 +203,7 @@ class LorryTrainer(UnslothTrainer):  # type: ignore[misc, unused-ignore]
             "last_logged_step": self._globalstep_last_logged,
             "evaluation_due": self.evaluation_due,
             "finished": self.finished,
+            "capacity": {"train": vars(self.capacity), "eval": vars(self.eval_capacity)},
         }
         write_json(staging_root / name / PENDING, pending)
         self.fence()
@@ -160,7 +225,7 @@ class LorryTrainer(UnslothTrainer):  # type: ignore[misc, unused-ignore]
         """Stand where a finished training stood. trainer.train() would take one more step, whatever max_steps says."""
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        self.tokens.fill_(self.state.num_input_tokens_seen)
+        self.tokens = self.state.num_input_tokens_seen
         if evaluate:
             self._evaluate(None, None, skip_scheduler=True)
         if self.args.load_best_model_at_end and self.state.best_global_step:
@@ -197,142 +262,6 @@ class LorryTrainer(UnslothTrainer):  # type: ignore[misc, unused-ignore]
         load_weights(self.model, trainable_part(best))
 
 
-def read_pending(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint left for the resumed run: loss_sum, last_logged_step, evaluation_due, finished."""
-    pending: dict[str, Any] = json.loads((checkpoint / PENDING).read_text())
-    return pending
-
-
-def trainable_part(folder: Path) -> Path:
-    """Where a checkpoint keeps what a resumed run loads: a stacked adapter's folder holds the sum, this the second half."""
-    part = folder / "trainable"
-    return part if part.is_dir() else folder
-
-
-def checkpoints_in(folder: Path) -> dict[int, Path]:
-    """Whole checkpoints by step; a folder gets its name only when all is in it."""
-    if not folder.is_dir():
-        return {}
-    named = {p.name.removeprefix("checkpoint-"): p for p in folder.iterdir() if p.name.startswith("checkpoint-")}
-    return {int(step): path for step, path in named.items() if step.isdecimal()}
-
-
-def describe_checkpoints(folder: Path) -> dict[int, dict[str, Any]]:
-    """path, loss, eval_loss and bytes of each checkpoint, from its own trainer_state.json."""
-    out = {}
-    for step, path in checkpoints_in(folder).items():
-        history = json.loads((path / "trainer_state.json").read_text())["log_history"]
-        losses = [h["loss"] for h in history if "loss" in h]
-        evals = [h["eval_loss"] for h in history if "eval_loss" in h and h["step"] == step]
-        out[step] = {
-            "path": str(path),
-            "loss": losses[-1] if losses else None,
-            "eval_loss": evals[-1] if evals else None,
-            "bytes": folder_bytes(path),
-        }
-    return out
-
-
-class Reporter(TrainerCallback):  # type: ignore[misc, unused-ignore]
-    """Metrics, progress and checkpoints to Progress; pause, cancel and stop from it, at the end of the step."""
-
-    def __init__(self, progress: Progress, trainer: LorryTrainer, resumed_from: Path | None) -> None:
-        self.progress, self.trainer, self.resumed_from = progress, trainer, resumed_from
-        self.ended: Ask | None = None
-        self.busy = 0.0  # seconds in training steps since the last logged point
-        self.logged_tokens = 0
-        self.began = self.step_began = time.perf_counter()
-        self.first_step = 0
-        self.rates: dict[str, float] = {}
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.trainer.tokens.fill_(state.num_input_tokens_seen)
-        self.logged_tokens = state.num_input_tokens_seen
-        self.first_step = state.global_step
-        self.began = time.perf_counter()
-        if self.resumed_from:
-            self.trainer.restore_pending_loss(self.resumed_from)
-
-    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.step_began = time.perf_counter()
-
-    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        # The rates this step is taken with; after it the scheduler has already set the next step's.
-        groups = self.trainer.optimizer.param_groups
-        self.rates = {
-            f"{'embedding_' if g.get('lorry_embeddings') else ''}learning_rate": g["lr"] for g in groups if g["params"]
-        }
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        now = time.perf_counter()
-        self.busy += now - self.step_began
-        self._ask(control)
-        if state.global_step >= state.max_steps:
-            control.should_log = True  # the last point of the curve, whatever logging_steps is
-        per_step = (now - self.began) / max(1, state.global_step - self.first_step)
-        self.progress.steps(
-            {
-                "step": state.global_step,
-                "total_steps": state.max_steps,
-                "epoch": round(state.epoch or 0.0, 4),
-                "eta_seconds": round(per_step * (state.max_steps - state.global_step), 1),
-            }
-        )
-
-    def on_prediction_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._ask(control)
-        if self.ended:
-            raise Interrupted(self.ended)  # an evaluation may be long; the step before it is whole
-
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
-        logs = logs or {}
-        epoch = round(state.epoch or 0.0, 4)
-        if "eval_loss" in logs:
-            self.progress.metrics("eval", state.global_step, {"epoch": epoch, "eval_loss": logs["eval_loss"]})
-        elif "loss" in logs:
-            tokens = int(self.trainer.tokens)
-            speed = round((tokens - self.logged_tokens) / self.busy, 1) if self.busy else 0.0
-            point = {
-                "epoch": epoch,
-                "loss": logs["loss"],
-                "grad_norm": logs.get("grad_norm"),
-                **self.rates,
-                "tokens": tokens,
-                "tokens_per_second": speed,
-            }
-            if on_gpu():
-                point["memory_bytes"] = torch.cuda.max_memory_allocated()
-            self.progress.metrics("train", state.global_step, point)
-            self.progress.steps(
-                {
-                    "step": state.global_step,
-                    "total_steps": state.max_steps,
-                    "epoch": epoch,
-                    "tokens": tokens,
-                    "tokens_per_second": speed,
-                }
-            )
-            self.logged_tokens, self.busy = tokens, 0.0
-
-    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.progress.checkpoints(describe_checkpoints(Path(args.output_dir)))
-
-    def _ask(self, control: TrainerControl) -> None:
-        self.ended = self.ended or self.progress.asked()
-        if self.ended:
-            self.trainer.asked = True
-            control.should_save = control.should_training_stop = True
-
-
-def check_packing(spec: CptSpec | IftSpec) -> None:
-    """Raise JobFailure if packing was demanded where no exact kernel is wired up; 'auto' falls back to padded rows."""
-    if spec.training.packing is True:
-        raise JobFailure(
-            "unsupported",
-            "training.packing: no attention kernel here keeps packed rows apart exactly; use 'auto' or false",
-        )
-
-
 def train(trainer: LorryTrainer, spec: CptSpec | IftSpec, progress: Progress, checkpoints: Path) -> Ask | None:
     """Train from the newest whole checkpoint, or from the start. Returns what ended it early, after a checkpoint, or None."""
     for leftover in checkpoints.glob(f"{STAGING}.*"):
@@ -353,7 +282,7 @@ def train(trainer: LorryTrainer, spec: CptSpec | IftSpec, progress: Progress, ch
             trainer.take_up(present[last], evaluate=pending["evaluation_due"])
             state = trainer.state
             steps = {"step": state.global_step, "total_steps": state.max_steps, "epoch": round(state.epoch or 0.0, 4)}
-            progress.steps({**steps, "tokens": int(trainer.tokens)})
+            progress.steps({**steps, "tokens": trainer.tokens})
         else:
             trainer.train(resume_from_checkpoint=str(present[last]) if last is not None else None)
     except Interrupted:
