@@ -121,7 +121,8 @@ class Engine:
     def submit(self, requests: list[Request], adapter: Adapter | None) -> list[RequestStream]:
         """Queue requests, all or none.
 
-        Raises Unavailable (queue_full, shutting_down, engine_asleep), Invalid for more than could ever be under way, or EngineFailed.
+        Raises Unavailable (queue_full, shutting_down, engine_asleep), Invalid for more than could ever be under way, or
+        EngineFailed.
         """
         tokenizer = adapter.tokenizer if adapter else self.runner.tokenizer
         with self._wake:
@@ -220,14 +221,14 @@ class Engine:
 
     def _lay_down(self) -> None:
         self.metrics.paused.inc(self.scheduler.preempt_all())
-        self.metrics.asleep.set(1)
+        self.metrics.sleeping.set(1)
         self.metrics.sleeps.inc()
         self.adapters.settle()
         offload(self.runner, self._adapters_in_use())
 
     def _get_up(self) -> None:
         restore(self.runner, self._adapters_in_use())
-        self.metrics.asleep.set(0)
+        self.metrics.sleeping.set(0)
 
     def _adapters_in_use(self) -> list[AdapterWeights]:
         """Those of the registry, and those that left it and have requests still."""

@@ -33,6 +33,7 @@ from service.telemetry import RequestLog
 from worker.engine import handlers
 from worker.engine.engine import Engine, shutting_down
 from worker.engine.runner import ModelRunner
+from worker.engine.sleep import limit_memory
 
 log = logging.getLogger("lorry.engine")
 GRACE_SECONDS = 10.0  # longest wait for open requests at SIGTERM
@@ -80,6 +81,7 @@ class WakeBody(Body):
 
 def build_engine(settings: Settings) -> Engine:
     """Load the base model. Raises JobFailure, OSError or UnsupportedModel where that does not work."""
+    limit_memory(settings.engine_memory_fraction)
     return Engine(
         ModelRunner(settings),
         max_batch=settings.engine_max_batch,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -167,6 +168,22 @@ class Sleep:
 
 
 # The memory
+
+STEP_BYTES = 1 << 30  # left for what a step computes, where the memory is limited
+
+
+def limit_memory(fraction: float) -> None:
+    """Keep this process within a fraction of its GPU's memory; 1 is no limit."""
+    if fraction < 1 and torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(fraction)
+
+
+def room_left(fraction: float, device: torch.device) -> int:
+    """Bytes that the cache may take of a limited GPU, once the weights are there."""
+    if fraction >= 1 or device.type != "cuda":
+        return sys.maxsize
+    total = torch.cuda.get_device_properties(device).total_memory
+    return max(0, int(fraction * total) - int(torch.cuda.memory_allocated(device)) - STEP_BYTES)
 
 
 def offload(runner: Any, adapters: Iterable[AdapterWeights]) -> None:
