@@ -141,7 +141,7 @@ def test_with_two_jobs_at_once_the_engine_sleeps_until_both_have_ended(
     with make_host(engine.url) as host, host.worker(), host.worker():
         file = host.upload(rows)
         jobs = [
-            host.submit(long_spec(tiny_base, file, f"job-{n}", max_steps=steps)) for n, steps in ((0, 40), (1, 400))
+            host.submit(long_spec(tiny_base, file, f"job-{n}", max_steps=steps)) for n, steps in ((0, 120), (1, 400))
         ]
         until(lambda: len(engine.engine.sleep._leases) == 2, 120)
         host.status(jobs[0], "succeeded")
