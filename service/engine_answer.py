@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,8 @@ class Answer:
         self.usage = Usage()
         self.timings = Timings(queue_ms=_ms(began))
         self.heard = sent  # when something last came, on time.monotonic's clock
+        self.movable: Callable[[], bool] = lambda: False  # whether another engine could give it from the beginning
+        self._handed_over = False
         self._name = name  # of the engine
         self._response = response
         self._began = began
@@ -56,7 +58,8 @@ class Answer:
     async def batches(self) -> AsyncIterator[list[Piece]]:
         """The pieces, those together that have come together: one when there is time, more when there is much to do.
 
-        Raises EngineAway if the engine breaks off, else what its error event means.
+        Raises EngineAway if the engine breaks off, Unavailable (engine_asleep) after `hand_over`, else what its error event
+        means.
         """
         told: Mapping[str, float] | None = None
         try:
@@ -80,11 +83,18 @@ class Answer:
                 if batch:
                     yield batch
         except httpx.HTTPError as error:
+            if self._handed_over:
+                raise Unavailable(f"the engine at {self._name} is asleep", code="engine_asleep") from error
             raise unreachable(self._name, error) from error
         self.timings.total_ms = _ms(self._began)
         if told:
             for name in ("queue_ms", "first_token_ms", "total_ms"):
                 setattr(self.timings, name, round(told[name] + self._offset, 3))
+
+    def hand_over(self) -> None:
+        """End it, for another engine to begin it anew."""
+        self._handed_over = True
+        self.cut()
 
     def cut(self) -> None:
         """End it as if the engine had broken off."""

@@ -98,12 +98,15 @@ class EngineClient:
 
     # What the engine holds
 
-    async def healthy(self, timeout: float) -> None:
-        """Raises Unavailable if the engine does not answer within `timeout` seconds, or says that it cannot work."""
+    async def healthy(self, timeout: float) -> bool:
+        """Whether the engine takes requests: it answers, and is not asleep.
+
+        Raises Unavailable if it does not answer within `timeout` seconds, or says that it cannot work.
+        """
         try:
-            await self._send("GET", "/health", timeout=timeout)
+            return not is_asleep(await self._send("GET", "/health", timeout=timeout))
         except NotFound:  # a server without this call; it answers
-            pass
+            return True
 
     async def models(self) -> list[dict[str, Any]]:
         """The engine's model cards."""
@@ -262,6 +265,12 @@ class EngineClient:
         self._answers.discard(answer)
         await answer.aclose()
 
+    def hand_over(self) -> None:
+        """End every answer that another engine can begin anew."""
+        for answer in self._answers:
+            if answer.movable():
+                answer.hand_over()
+
     def cut_off(self, before: float) -> None:
         """End every answer of which nothing has been heard since `before`, as if the engine had broken off."""
         now = asyncio.get_running_loop().time()
@@ -340,6 +349,15 @@ def _base_of(cards: list[dict[str, Any]]) -> BaseModel:
         created=int(card.get("created") or 0),
         keys=frozenset(map(base_key, names)),
     )
+
+
+def is_asleep(health: httpx.Response) -> bool:
+    """Whether an engine's answer to GET /health says that a job has its memory (lorry's; vLLM's says nothing)."""
+    try:
+        body = health.json()
+    except ValueError:
+        return False
+    return isinstance(body, dict) and body.get("status") == "asleep"
 
 
 def name_of(url: str) -> str:

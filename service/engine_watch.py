@@ -1,7 +1,8 @@
 """One of several engines, and whether it answers.
 
 Every few seconds each engine is asked for its health. One that refuses a connection, breaks off, keeps silent or says that
-it ends is left out, and asked again after a pause that doubles; what it holds is asked anew when it is back.
+it ends is left out, and asked again after a pause that doubles; what it holds is asked anew when it is back. One that is
+asleep, because a job has its memory, gets a request when no other engine fits, and says itself when to ask again.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class Engine(EngineClient):
         super().__init__(url, storage)
         self.open_requests = 0
         self.away: str | None = None  # why, while it is left out
+        self.asleep = False  # it answers, and a job has its memory: others are asked first
         self._alone = alone
         self._since = 0.0
         self._pause = FIRST_PAUSE / 2
@@ -66,6 +68,14 @@ class Engine(EngineClient):
         log.info("engine %s answers again after %.1f s", self.name, time.monotonic() - self._since)
         self.away = None
 
+    def slept(self, asleep: bool = True) -> None:
+        """Whether it has given its memory to a job."""
+        if asleep != self.asleep:
+            log.info("engine %s %s", self.name, "is asleep" if asleep else "is awake again")
+            self.asleep = asleep
+            if asleep:
+                self.hand_over()
+
     def suspect(self) -> None:
         """Have a look at it soon."""
         self._wake.set()
@@ -78,7 +88,7 @@ class Engine(EngineClient):
 
     async def _check(self) -> None:
         try:
-            await self.healthy(PROBE)
+            self.slept(not await self.healthy(PROBE))
             if self.view is None or self.away is not None:
                 await self.look()
         except LorryError as error:

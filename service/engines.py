@@ -1,8 +1,9 @@
 """All engines as one: which of them answers a request, and what happens when one dies.
 
-A request goes to an engine that holds its base: one that has its adapter in memory before others, then the one with the
-fewest open requests of this API. If that engine does not answer, breaks off or is full, another one gets the request, as
-long as nothing of the answer has been given out: a generation has no other effect.
+A request goes to an engine that holds its base: one that is awake before those whose memory a job has, then one that has
+its adapter in memory, then the one with the fewest open requests of this API. If that engine does not answer, breaks off, is
+full or asleep, another one gets the request, as long as nothing of the answer has been given out: a generation has no other
+effect.
 """
 
 from __future__ import annotations
@@ -193,19 +194,25 @@ class Engines:
         if len(self.engines) == 1:
             return self.engines[0]
         await self._know()
-        if not (here := self._fitting(target)):
+        if not (here := self.fitting(target)):
             away = [e for e in self.engines if e.away is not None and e not in tried and _fits(e, target) is not False]
             await _all(engine.check() for engine in away)
-            here = self._fitting(target)
+            here = self.fitting(target)
         if not (free := [engine for engine in here if engine not in tried]):
             raise self._none(target)
         if target.path is not None and not any(engine.holds(target) for engine in here):
             looks = [engine.look() for engine in here if engine.old(RESIDENT_TTL)]
             if looks:
                 await _all(looks, PATIENCE)
-        return min(free, key=lambda e: (target.path is None or not e.holds(target), e.open_requests, e.adapters()))
 
-    def _fitting(self, target: Target) -> list[Engine]:
+        def order(engine: Engine) -> tuple[bool, bool, int, int]:
+            foreign = target.path is None or not engine.holds(target)
+            return engine.asleep, foreign, engine.open_requests, engine.adapters()
+
+        return min(free, key=order)
+
+    def fitting(self, target: Target) -> list[Engine]:
+        """Those that answer and hold its base."""
         return [engine for engine in self.engines if engine.away is None and _fits(engine, target)]
 
     def _none(self, target: Target) -> LorryError:
@@ -244,6 +251,10 @@ class _Route:
                 engine.back()
             return engine, result
 
+    def goes_on(self) -> bool:
+        """Whether another engine, that has not been asked and is awake, could do it."""
+        return any(e not in self._tried and not e.asleep for e in self._engines.fitting(self.target))
+
     async def _next(self) -> Engine:
         if self._error is not None and len(self._tried) == len(self._engines.engines):
             raise self._error
@@ -261,6 +272,8 @@ class _Route:
             engine.left(error)
         elif error.code == "engine_failed":
             engine.suspect()
+        elif error.code == "engine_asleep":
+            engine.slept()
         elif error.code == "wrong_base":
             engine.doubt()  # it may hold another base than a while ago
         elif not isinstance(error, Unavailable):
@@ -282,6 +295,7 @@ class Generation:
         self._chat = chat
         self._whole = whole
         self._began = time.monotonic()
+        self._given = False  # whether a piece has been handed out
         self._open: tuple[Engine, Answer] | None = None
 
     @property
@@ -303,6 +317,7 @@ class Generation:
         self._open = await self._route.run(
             lambda engine: engine.open(self._body, target, chat=self._chat, began=self._began)
         )
+        self._answer.movable = lambda: not self._given and self._route.goes_on()
 
     async def aclose(self) -> None:
         if self._open is not None:
@@ -318,7 +333,6 @@ class Generation:
 
     async def batches(self) -> AsyncIterator[list[Piece]]:
         """The pieces, those together that have come together: one when there is time, more when there is much to do."""
-        given = False
         while True:
             kept: list[list[Piece]] = []
             try:
@@ -326,13 +340,13 @@ class Generation:
                     if self._whole:
                         kept.append(batch)
                     else:
-                        given = True
+                        self._given = True
                         yield batch
                 break
             except Unavailable as error:
                 assert self._open is not None
                 self._route.failed(self._open[0], error)
-                if given:
+                if self._given:
                     raise
                 await self.aclose()
                 await self.begin()
@@ -353,11 +367,15 @@ class _EnginesCollector(Collector):
         up = GaugeMetricFamily("lorry_engine_up", "Whether the engine answers this API process.", labels=["engine"])
         text = "Requests that this API process has open at the engine."
         open_requests = GaugeMetricFamily("lorry_engine_open_requests", text, labels=["engine"])
+        asleep = GaugeMetricFamily("lorry_engine_asleep", "Whether a job has the engine's memory.", labels=["engine"])
         for engine in self._engines:
             if engine.view is not None or engine.away is not None:  # no sample: unknown is not zero
                 up.add_metric([engine.name], engine.away is None)
+            if engine.away is None:
+                asleep.add_metric([engine.name], engine.asleep)
             open_requests.add_metric([engine.name], engine.open_requests)
         yield up
+        yield asleep
         yield open_requests
 
 

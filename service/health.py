@@ -17,7 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from service.db import Database
 from service.deps import DbDep, QueueDep, SettingsDep
-from service.engine_client import name_of
+from service.engine_client import is_asleep, name_of
 from service.errors import Invalid
 from service.jobs import repository
 from service.migrate import is_current
@@ -125,6 +125,11 @@ def _one_engine(url: str) -> Part:
         answer = httpx.get(f"{url}/health", timeout=2, trust_env=False)
     except httpx.HTTPError as error:
         return Part(ok=False, detail=f"no answer ({type(error).__name__}); start `lorry engine`")
+    if answer.is_success and is_asleep(answer):
+        # Ready all the same: else each job would take the API, which answers 503 for this engine, out of a balancer.
+        return Part(
+            ok=True, detail=f"asleep while a job has its memory, for about {answer.json()['wakes_in_seconds']} s"
+        )
     return Part(ok=answer.is_success, detail=f"status {answer.status_code}")
 
 

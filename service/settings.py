@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from functools import lru_cache
 from pathlib import Path
@@ -78,6 +79,38 @@ class Settings(BaseSettings):
         0,
         ge=0,
         description="Key-value memory of the engine, in bytes; 0 takes what a full batch of longest requests needs, within half of what is free.",
+    )
+    engine_memory_fraction: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Most of a GPU's memory that the engine takes, as a fraction of all of it; its key-value memory is made to fit.",
+    )
+    train_memory_fraction: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Most of a GPU's memory that a job takes, as a fraction of all of it; beyond that it is out of memory, whatever is free.",
+    )
+    gpu_policy: Literal["shared", "exclusive"] = Field(
+        "shared",
+        description="What a worker and the engine on its GPU do while a job runs: shared, both within their memory; exclusive, the engine gives its memory up and answers 503.",
+    )
+    gpu_engines: str | None = Field(
+        None,
+        description="With exclusive: URLs of the engines on this worker's GPU, separated by commas. Default: those of LORRY_ENGINE_URL with a loopback address.",
+    )
+    gpu_grace_seconds: float = Field(
+        10.0,
+        ge=0,
+        le=600,
+        description="With exclusive: how long the engine's requests may take to end before they are paused for the job.",
+    )
+    gpu_lease_seconds: float = Field(
+        60.0,
+        ge=2,
+        le=600,
+        description="With exclusive: the engine wakes up by itself after this long without a word from the job.",
     )
     base_model: str = Field(
         "smollm2-135m-instruct",
@@ -188,25 +221,27 @@ class Settings(BaseSettings):
     @field_validator("engine_url")
     @classmethod
     def _check_engine_url(cls, text: str) -> str:
-        seen: set[str] = set()
-        for url in _listed(text):
-            parts = urlsplit(url)
-            where = parts.netloc.rpartition("@")[2] + parts.path
-            if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-                raise ValueError(
-                    f"{where or url!r} is no engine's URL; give e.g. http://engine:8322, several with commas between"
-                )
-            if where in seen:
-                raise ValueError(f"{where} is named twice")
-            seen.add(where)
-        if not seen:
+        if not _checked(text):
             raise ValueError("names no engine")
+        return text
+
+    @field_validator("gpu_engines")
+    @classmethod
+    def _check_gpu_engines(cls, text: str | None) -> str | None:
+        _checked(text or "")
         return text
 
     @property
     def engine_urls(self) -> list[str]:
         """The engines' URLs, in the order in which they are named."""
         return _listed(self.engine_url)
+
+    @property
+    def gpu_engine_urls(self) -> list[str]:
+        """URLs of the engines that share this host's GPU with its workers."""
+        if self.gpu_engines is not None:
+            return _listed(self.gpu_engines)
+        return [url for url in self.engine_urls if _is_loopback(urlsplit(url).hostname or "")]
 
     @field_validator("worker_queues")
     @classmethod
@@ -244,6 +279,29 @@ class Settings(BaseSettings):
 
 def _listed(text: str) -> list[str]:
     return [part.strip().rstrip("/") for part in text.split(",") if part.strip()]
+
+
+def _checked(text: str) -> list[str]:
+    """A list of engines' URLs. Raises ValueError for what is none, and for one that is there twice."""
+    seen: set[str] = set()
+    for url in _listed(text):
+        parts = urlsplit(url)
+        where = parts.netloc.rpartition("@")[2] + parts.path
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+            raise ValueError(
+                f"{where or url!r} is no engine's URL; give e.g. http://engine:8322, several with commas between"
+            )
+        if where in seen:
+            raise ValueError(f"{where} is named twice")
+        seen.add(where)
+    return _listed(text)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return host == "localhost"
 
 
 @lru_cache(maxsize=1)

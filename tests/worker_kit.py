@@ -28,6 +28,7 @@ from service.settings import Settings
 from service.specs import parse_spec
 
 ROOT = Path(__file__).parent.parent
+GPU_SETTINGS = {"gpu_policy", "gpu_engines", "gpu_grace_seconds", "gpu_lease_seconds"}
 
 
 @dataclass
@@ -113,6 +114,9 @@ class Host:
             "shutdown_seconds",
         ):
             env[f"LORRY_{name.upper()}"] = str(getattr(self.settings, name))
+        env |= {
+            f"LORRY_{n.upper()}": str(getattr(self.settings, n)) for n in GPU_SETTINGS & self.settings.model_fields_set
+        }
         if self.settings.storage_url:
             env |= {"LORRY_DATA_DIR": self.settings.storage_url, "LORRY_CACHE_DIR": str(self.settings.data_dir)}
             env["LORRY_STORAGE_OPTIONS"] = json.dumps(self.settings.storage_options)

@@ -40,6 +40,7 @@ class SqlProgress:
     ) -> None:
         self.db, self.settings, self.job_id, self.run_id = db, settings, job_id, run_id
         self.workspace = workspace or Workspace(open_storage(settings), settings, job_id, run_id)
+        self.on_phase: Callable[[str], None] = lambda name: None  # called once a phase has been told, before its work
         self.stopping = False  # set by a signal: the worker shuts down
         self._fenced = False
         self._polled = self._written = 0.0
@@ -63,6 +64,12 @@ class SqlProgress:
         log.info("phase %s", name)
         self._progress = {**self._progress, "phase": name}
         self._write_progress()
+        self.on_phase(name)
+
+    def eta(self) -> float | None:
+        """Seconds until the steps are expected to be done, if that is known."""
+        seconds = self._progress.get("eta_seconds")
+        return float(seconds) if isinstance(seconds, (int, float)) else None
 
     def log(self, message: str) -> None:
         log.info("%s", message)

@@ -31,6 +31,7 @@ from service.queue import JobQueue, job_of
 from service.queue_names import needs_of, queues_of, sees_gpu
 from service.reconcile import give_back, reconcile
 from service.settings import Settings
+from worker.gpu_share import give_back as give_back_gpu
 from worker.progress import persist
 
 log = logging.getLogger("lorry.worker")
@@ -99,6 +100,7 @@ class LorryWorker(Worker):  # type: ignore[misc, unused-ignore]
                 log.warning("the queue lost track of the job: %r", error)  # its outcome is in SQL all the same
                 return None
             finally:
+                give_back_gpu(self.settings, self.name)
                 self.settle(job_of(job.id))
                 self.running = None
 

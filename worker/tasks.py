@@ -35,6 +35,7 @@ from service.reconcile import after_end
 from service.settings import Settings
 from service.specs import CptSpec, ExportSpec, IftSpec, parse_spec
 from service.storage import Storage, StorageUnavailable, open_storage
+from worker.gpu_share import GpuShare, owner_of_child
 from worker.outcome import Context, Interrupted, Outcome, Paths
 from worker.progress import SqlProgress, finite, persist
 from worker.workspace import Workspace
@@ -54,7 +55,7 @@ def run_job(job_id: str) -> None:
     db, queue = Database(settings.sqlalchemy_url), JobQueue(settings.redis_url, settings.queue)
     run_id = new_id("run")
     with db.write() as session:
-        row = repository.claim(session, job_id, run_id, os.environ.get("RQ_WORKER_ID", f"pid-{os.getpid()}"))
+        row = repository.claim(session, job_id, run_id, owner_of_child())
     if row is None:
         return  # cancelled, done, or taken by another worker: a queue entry is only a hint
     try:
@@ -75,11 +76,13 @@ def attempt(db: Database, queue: JobQueue, settings: Settings, row: JobRow, run_
     storage = open_storage(settings, patience=STORAGE_SECONDS)
     workspace = Workspace(storage, settings, row.id, run_id)
     progress = SqlProgress(db, settings, row.id, run_id, workspace)
+    share = GpuShare(settings, owner_of_child(), progress.eta)
+    progress.on_phase = share.before
     about = {"job": row.id, "attempt": row.attempt, "run": run_id}
     with job_log(run_dir / "log.txt", **about), stop_on_signal(progress):
         log.info("%s", run_started(row.id, row.attempt, run_id))
         try:
-            with progress, workspace:
+            with progress, workspace, share:
                 outcome = execute(db, queue, settings, row, progress, workspace)
             finish(db, settings, row, run_id, outcome)
         except Interrupted as interrupted:
@@ -105,6 +108,7 @@ def execute(
         importlib.import_module("worker.push").prepare(spec.push_to_hub, token, progress, settings.job_dir(row.id))
     if row.kind != "export":
         importlib.import_module("unsloth")  # before transformers, trl and peft, which it patches
+    limit_gpu(settings)
     from worker.base_model import resolve
 
     with db.read() as session:
@@ -284,6 +288,15 @@ def prepare_process(settings: Settings) -> None:
         import torch
 
         torch.set_num_threads(settings.torch_threads)
+
+
+def limit_gpu(settings: Settings) -> None:
+    """Keep this process within LORRY_TRAIN_MEMORY_FRACTION of its GPU."""
+    if settings.train_memory_fraction < 1:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.set_per_process_memory_fraction(settings.train_memory_fraction)
 
 
 @contextlib.contextmanager

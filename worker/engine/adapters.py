@@ -275,6 +275,7 @@ class AdapterRegistry:
     ) -> None:
         """`open_folder` gives the folder that an address stands for; without it, an address is a path."""
         self.base = base
+        self.gate: Callable[[], None] = lambda: None  # raises while nothing may be read onto the device
         self._open_folder = open_folder or (lambda address: nullcontext(Path(address).absolute()))
         self.capacity = capacity
         self._on_evict = on_evict
@@ -318,8 +319,8 @@ class AdapterRegistry:
     def load(self, name: str, address: str | Path) -> Adapter:
         """Read a folder under `name`, in place of what had the name. Nothing is read if the same files are held already.
 
-        Raises what `read_adapter` raises, NotFound for an address without a folder, and StorageUnavailable; what had the
-        name stays then.
+        Raises what `read_adapter` and the gate raise, NotFound for an address without a folder, and StorageUnavailable;
+        what had the name stays then.
         """
         with self._reading, self._folder(address) as path:
             held = self.peek(name)
@@ -336,8 +337,14 @@ class AdapterRegistry:
                     self._on_evict()
             return adapter
 
+    def settle(self) -> None:
+        """Wait until nothing is being read; with the gate closed, nothing is from then on."""
+        with self._reading:
+            pass
+
     @contextmanager
     def _folder(self, address: str | Path) -> Iterator[Path]:
+        self.gate()
         with ExitStack() as stack:
             try:
                 path = stack.enter_context(self._open_folder(address))

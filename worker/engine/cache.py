@@ -85,6 +85,12 @@ class PagedCache:
             self._keys[layer] = torch.zeros(slots, heads, dk, dtype=dtype, device=self.device)
             self._values[layer] = torch.zeros(slots, heads, dv, dtype=dtype, device=self.device)
 
+    def release(self) -> None:
+        """Give the memory back; `allocate` takes it again, without what was in it."""
+        self.step = None
+        self._keys.clear()
+        self._values.clear()
+
     def slots_of(self, blocks: list[int], start: int, stop: int) -> list[int]:
         """Slots of a sequence's tokens start…stop-1."""
         size = self.block_size

@@ -15,11 +15,13 @@ from service.storage import Storage
 from worker.engine.adapters import Adapter, AdapterRegistry
 from worker.engine.detokenize import Detokenizer, StopStrings
 from worker.engine.grammar import Grammars
+from worker.engine.lora import AdapterWeights
 from worker.engine.metrics import EngineMetrics
 from worker.engine.request import Delta, Request
 from worker.engine.runner import ModelRunner
 from worker.engine.sampling import Sampled, sample
 from worker.engine.scheduler import Scheduler
+from worker.engine.sleep import Sleep, offload, restore
 
 log = logging.getLogger("lorry.engine")
 RETRY_AFTER = 2  # seconds; about what a place takes to become free
@@ -105,6 +107,8 @@ class Engine:
         self._failure: LorryError | None = None
         self._stopping = False
         self._wake = threading.Condition()
+        self.sleep = Sleep(self._wake, self._lay_down, self._get_up)
+        self.adapters.gate = self.sleep.check
         self._loop: asyncio.AbstractEventLoop | None = None
         self._on_fatal: Callable[[], None] = lambda: None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -117,7 +121,8 @@ class Engine:
     def submit(self, requests: list[Request], adapter: Adapter | None) -> list[RequestStream]:
         """Queue requests, all or none.
 
-        Raises Unavailable (queue_full, shutting_down), Invalid for more than could ever be under way, or EngineFailed.
+        Raises Unavailable (queue_full, shutting_down, engine_asleep), Invalid for more than could ever be under way, or
+        EngineFailed.
         """
         tokenizer = adapter.tokenizer if adapter else self.runner.tokenizer
         with self._wake:
@@ -125,6 +130,7 @@ class Engine:
                 raise EngineFailed(f"the engine has failed: {self.fatal}")
             if self.draining:
                 raise shutting_down()
+            self.sleep.check()
             places = self.scheduler.max_batch + self.scheduler.max_queue
             if len(requests) > places:
                 raise Invalid(
@@ -171,6 +177,8 @@ class Engine:
     def _run(self) -> None:
         try:
             while self._intake():
+                if not self.sleep.turn(self.scheduler.has_work()):
+                    continue
                 outputs = self._step()
                 if outputs:
                     self._hand_over(outputs)
@@ -187,8 +195,8 @@ class Engine:
     def _intake(self) -> bool:
         """Take over what the loop has asked for; wait while there is nothing to do. Returns False to end."""
         with self._wake:
-            while not (self._new or self._aborted or self._failure or self._stopping or self.scheduler.has_work()):
-                self._wake.wait()
+            while not (self._new or self._aborted or self._failure or self._stopping or self._has_to_do()):
+                self._wake.wait(self.sleep.seconds())
             if self._stopping:
                 return False
             new, self._new = self._new, []
@@ -206,6 +214,26 @@ class Engine:
         if failure is not None:
             self._hand_over([(live.stream, self._end(live, "error", failure)) for live in list(self._live.values())])
         return True
+
+    def _has_to_do(self) -> bool:
+        work = self.scheduler.has_work()
+        return self.sleep.due(work) or (work and not self.sleep.asleep)
+
+    def _lay_down(self) -> None:
+        self.metrics.paused.inc(self.scheduler.preempt_all())
+        self.metrics.sleeping.set(1)
+        self.metrics.sleeps.inc()
+        self.adapters.settle()
+        offload(self.runner, self._adapters_in_use())
+
+    def _get_up(self) -> None:
+        restore(self.runner, self._adapters_in_use())
+        self.metrics.sleeping.set(0)
+
+    def _adapters_in_use(self) -> list[AdapterWeights]:
+        """Those of the registry, and those that left it and have requests still."""
+        held = [adapter.weights for adapter in self.adapters.held()]
+        return held + [live.request.adapter for live in self._live.values() if live.request.adapter is not None]
 
     def _step(self) -> list[tuple[RequestStream, Delta]]:
         began = time.monotonic()

@@ -52,3 +52,6 @@ class EngineMetrics:
         )
         self.cache_blocks = Gauge("lorry_engine_cache_blocks", "Cache blocks the engine has.", registry=r)
         self.cache_blocks_used = Gauge("lorry_engine_cache_blocks_used", "Cache blocks in use.", registry=r)
+        self.sleeping = Gauge("lorry_engine_sleeping", "1 while the engine has given its memory up.", registry=r)
+        self.sleeps = Counter("lorry_engine_sleeps", "Times the engine has given its memory up.", registry=r)
+        self.paused = Counter("lorry_engine_paused", "Requests put back because the engine went to sleep.", registry=r)

@@ -22,6 +22,7 @@ from worker.engine.adapters import BaseInfo, tokenizer_hash
 from worker.engine.cache import PagedCache
 from worker.engine.lora import LoraBank, segments
 from worker.engine.scheduler import Scheduled
+from worker.engine.sleep import room_left
 
 log = logging.getLogger("lorry.engine")
 BLOCK_SIZE = 16  # tokens
@@ -63,7 +64,8 @@ class ModelRunner:
         # The memory bound: what every place in the batch could need, within the budget.
         wanted = settings.engine_max_batch * -(-self.max_model_len // BLOCK_SIZE)
         per_block = self.cache.bytes_per_block(self.dtype)
-        budget = settings.engine_cache_bytes or _free_memory(self.device) // 2
+        free = min(_free_memory(self.device) // 2, room_left(settings.engine_memory_fraction, self.device))
+        budget = settings.engine_cache_bytes or free
         self.num_blocks = num_blocks or max(1, min(wanted, budget // per_block))
         self.cache.allocate(self.num_blocks, self.dtype)
         self.max_model_len = min(self.max_model_len, self.num_blocks * BLOCK_SIZE)

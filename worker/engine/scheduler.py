@@ -173,6 +173,13 @@ class Scheduler:
         """The step has written the keys and values of `scheduled`."""
         scheduled.request.computed = scheduled.start + scheduled.count
 
+    def preempt_all(self) -> int:
+        """Put every running request back, in its order: the cache is about to go. Returns how many there were."""
+        count = len(self.running)
+        while self.running:
+            self._preempt(self.running[-1])
+        return count
+
     def finish(self, request: Request) -> bool:
         """Forget a request, done or aborted, and free its place and memory. Returns whether it was known."""
         if request in self.running:

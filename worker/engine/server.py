@@ -33,6 +33,7 @@ from service.telemetry import RequestLog
 from worker.engine import handlers
 from worker.engine.engine import Engine, shutting_down
 from worker.engine.runner import ModelRunner
+from worker.engine.sleep import limit_memory
 
 log = logging.getLogger("lorry.engine")
 GRACE_SECONDS = 10.0  # longest wait for open requests at SIGTERM
@@ -57,8 +58,30 @@ class UnloadLoraAdapter(Body):
     lora_int_id: int | None = Field(None, description="Accepted and without effect.")
 
 
+class SleepBody(Body):
+    """A lease on the engine's memory."""
+
+    owner: str = Field(min_length=1, max_length=255, description="Who asks; the same owner renews its lease.")
+    lease_seconds: float = Field(
+        60.0, gt=0, le=600, description="After this long without another call, the lease ends by itself."
+    )
+    grace_seconds: float = Field(
+        10.0, ge=0, le=600, description="How long requests may take to end before they are paused."
+    )
+    expected_seconds: float | None = Field(
+        None, ge=0, description="When the memory is expected to be free again; refused requests are told so."
+    )
+
+
+class WakeBody(Body):
+    """The end of a lease."""
+
+    owner: str = Field(min_length=1, max_length=255, description="Whose lease ends.")
+
+
 def build_engine(settings: Settings) -> Engine:
     """Load the base model. Raises JobFailure, OSError or UnsupportedModel where that does not work."""
+    limit_memory(settings.engine_memory_fraction)
     return Engine(
         ModelRunner(settings),
         max_batch=settings.engine_max_batch,
@@ -88,8 +111,10 @@ def create_app(engine: Engine) -> FastAPI:
 
     @app.get("/health")
     def health() -> Response:
-        ok = engine.fatal is None and not engine.draining
-        return JSONResponse({"status": "ok" if ok else "stopping"}, 200 if ok else 503)
+        # Asleep it is healthy: a supervisor that took it for dead would undo what the worker asked for.
+        ok, wakes_in = engine.fatal is None and not engine.draining, engine.sleep.wakes_in()
+        status = "stopping" if not ok else "ok" if wakes_in is None else "asleep"
+        return JSONResponse({"status": status, "wakes_in_seconds": wakes_in}, 200 if ok else 503)
 
     @app.get("/metrics")
     def metrics() -> Response:
@@ -111,6 +136,19 @@ def create_app(engine: Engine) -> FastAPI:
     def unload_lora_adapter(body: UnloadLoraAdapter) -> Response:
         engine.adapters.unload(body.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+    @app.post("/v1/sleep")
+    async def sleep(body: SleepBody) -> dict[str, bool]:
+        """Answers once the memory has been given up (`asleep`), or the lease has ended before that."""
+        grace, expected = body.grace_seconds, body.expected_seconds
+        asleep = await engine.sleep.ask(body.owner, body.lease_seconds, grace=grace, expected=expected)
+        return {"asleep": asleep}
+
+    @app.post("/v1/wake")
+    def wake(body: WakeBody) -> dict[str, int | None]:
+        """End the owner's lease. The engine wakes up if it was the last one, in the seconds after."""
+        engine.sleep.wake(body.owner)
+        return {"wakes_in_seconds": engine.sleep.wakes_in()}
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
