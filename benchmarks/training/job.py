@@ -18,5 +18,5 @@ from worker import tasks
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job", help="id of a queued job")
-    tasks.RECIPES["cpt"] = "benchmarks.training.timed"
+    tasks.RECIPES |= {kind: f"benchmarks.training.timed_{kind}" for kind in ("cpt", "ift")}
     tasks.run_job(parser.parse_args().job)

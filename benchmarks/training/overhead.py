@@ -181,12 +181,15 @@ class Job:
         upload.write(rows.read_bytes())
         self.file_id = upload.keep(self.db, "fine-tune").id
 
+    def spec(self) -> dict[str, Any]:
+        return make_spec(self.arguments, self.model, self.file_id)
+
     def run(self) -> dict[str, Any]:
         from service.jobs import repository
         from service.jobs import service as jobs
         from service.specs import parse_spec
 
-        spec = {**make_spec(self.arguments, self.model, self.file_id), "adapter": f"bench-{time.time_ns()}"}
+        spec = {**self.spec(), "adapter": f"bench-{time.time_ns()}"}
         row, _ = jobs.create(self.db, self.queue, self.settings, parse_spec(spec), key=None, token=None)
         (self.where / "spec.json").write_text(json.dumps(row.spec))
         seen = timed([sys.executable, str(HERE / "job.py"), row.id], self.where, **self.env)

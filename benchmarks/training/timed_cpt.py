@@ -1,4 +1,4 @@
-"""worker.cpt with a clock: what overhead.py puts in the recipe's place, loaded by the task after Unsloth."""
+"""worker.cpt with a clock: what job.py puts in the recipe's place, loaded by the task after Unsloth."""
 
 from __future__ import annotations
 
