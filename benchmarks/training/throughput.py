@@ -13,7 +13,6 @@ padding left out. Weights are random, in a Llama's shape: neither speed nor memo
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random

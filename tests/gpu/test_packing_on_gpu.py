@@ -17,7 +17,26 @@ from tests.tiny import make_tiny_base
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
-WORDS = "the cat sat on a mat and then some more words came to be read by many people".split()
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "then",
+    "some",
+    "more",
+    "words",
+    "came",
+    "to",
+    "be",
+    "read",
+    "by",
+    "many",
+    "people",
+]
 
 
 @pytest.fixture(scope="module")
