@@ -261,6 +261,11 @@ def trained_on(model: Any) -> dict[str, Any]:
         quantization = getattr(model.config, "quantization_config", None)
         if hasattr(quantization, "to_dict"):
             quantization = quantization.to_dict()
+        # Unsloth leaves a dict with torch's own types in it, which no JSON holds; bitsandbytes' config takes their names.
+        quantization = {
+            key: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+            for key, value in (quantization or {}).items()
+        }
     return {"dtype": str(model.dtype).removeprefix("torch."), "quantization_config": quantization}
 
 

@@ -48,7 +48,8 @@ def choose_packing(asked: bool | str, model: Any) -> dict[str, Any]:
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def leak(model: Any) -> str | None:
     """Why rows packed into one pass of `model` would see one another; None if they do not."""
-    was_training, device = model.training, next(model.parameters()).device
+    was_training = model.training
+    device = next(p.device for p in model.parameters() if p.requires_grad)  # Unsloth keeps frozen embeddings on disk
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     generator = torch.Generator().manual_seed(0)
     first, other, row = (torch.randint(0, vocabulary, (n,), generator=generator) for n in (37, 37, 53))

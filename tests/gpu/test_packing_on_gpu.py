@@ -56,7 +56,7 @@ def talks(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"role": "user", "content": " ".join(rnd.choices(WORDS, k=rnd.choice([1, 4, 40])))},
             {"role": "assistant", "content": " ".join(rnd.choices(WORDS, k=rnd.choice([2, 9, 60, 200])))},
         ]
-        for _ in range(200)
+        for _ in range(800)
     ]
     path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
     return path
@@ -97,7 +97,7 @@ def test_each_row_s_losses_are_its_own(four_bit: bool, base: Path) -> None:
     from worker.passes import collate, inputs_of
 
     asked = ModelSpec(name=str(base), max_seq_length=256, load_in_4bit=four_bit)
-    model = models.load_base(asked, base, checkpointing=False)
+    model = models.load_base(asked, str(base), checkpointing=False, token=None, trust_remote_code=False)
     model = models.add_lora(model, cpt_lora(), seed=1, checkpointing=False)
     with torch.no_grad():  # an adapter that does something
         for name, parameter in model.named_parameters():
@@ -155,18 +155,29 @@ def test_packed_rows_follow_the_padded_curve(
 
 
 def test_memory_that_runs_out_halves_the_passes_and_the_curve_stays(base: Path, talks: Path, tmp_path: Path) -> None:
-    """A limit below what a pass of the spec's size takes, and above what a small one does."""
-    whole = trained(base, talks, tmp_path / "whole", packing=True, per_device_train_batch_size=64)
+    """A limit between what passes of 256 rows take and what those of 8 do."""
+    large, small = (
+        {"per_device_train_batch_size": 256, "gradient_accumulation_steps": 1},
+        {
+            "per_device_train_batch_size": 8,
+            "gradient_accumulation_steps": 32,
+        },
+    )
+    peaks = []
+    for batch in (small, large):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        whole = trained(base, talks, tmp_path / str(len(peaks)), packing=True, max_steps=3, **batch)
+        peaks.append(torch.cuda.max_memory_reserved())
     torch.cuda.empty_cache()
-    peak = whole.progress.records["peak_memory_bytes"]
     total = torch.cuda.get_device_properties(0).total_memory
     try:
-        torch.cuda.set_per_process_memory_fraction(0.6 * peak / total)
-        limited = trained(base, talks, tmp_path / "limited", packing=True, per_device_train_batch_size=64)
+        torch.cuda.set_per_process_memory_fraction(sum(peaks) / 2 / total)
+        limited = trained(base, talks, tmp_path / "limited", packing=True, max_steps=3, **large)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     said = [m for m in limited.progress.logged if "out of memory" in m]
-    print(said, limited.progress.records["passes"], whole.progress.records["passes"], peak)
+    print(said, limited.progress.records["passes"], whole.progress.records["passes"], peaks)
     assert said
     assert limited.progress.records["passes"]["train"]["tokens"] < whole.progress.records["passes"]["train"]["tokens"]
     assert max(gaps(whole, limited)) < 1e-2
