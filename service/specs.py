@@ -209,6 +209,10 @@ class TrainingSpec(Spec):
         "auto",
         description="Several rows in one sequence, each with its own attention; auto: where the device has an exact kernel for it.",
     )
+    gradient_checkpointing: Literal["auto"] | bool = Field(
+        "auto",
+        description="Compute activations again in the backward pass instead of keeping them; auto: where keeping them would not fit the free memory.",
+    )
     early_stopping_patience: int | None = Field(
         None,
         ge=1,

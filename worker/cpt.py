@@ -28,7 +28,7 @@ def run(spec: CptSpec, context: Context) -> Outcome:
 
     progress.phase("model")
     config = models.config_of(paths.base, spec.model, **context.hub)
-    checkpointing = models.wants_checkpointing(config, tokens_per_pass(spec, data))
+    checkpointing = models.wants_checkpointing(spec.training.gradient_checkpointing, config, tokens_per_pass(spec, data))
 
     def build() -> Any:
         base = models.load_base(spec.model, paths.base, checkpointing=checkpointing, **context.hub)

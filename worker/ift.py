@@ -32,7 +32,7 @@ def run(spec: IftSpec, context: Context) -> Outcome:
 
     progress.phase("model")
     config = models.config_of(paths.base, spec.model, **context.hub)
-    checkpointing = models.wants_checkpointing(config, tokens_per_pass(spec, data))
+    checkpointing = models.wants_checkpointing(spec.training.gradient_checkpointing, config, tokens_per_pass(spec, data))
     seed, init, parent = spec.training.seed, spec.init, paths.parent
 
     def build() -> Any:

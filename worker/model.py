@@ -269,13 +269,15 @@ def trained_on(model: Any) -> dict[str, Any]:
     return {"dtype": str(model.dtype).removeprefix("torch."), "quantization_config": quantization}
 
 
-def wants_checkpointing(config: Any, tokens_per_pass: int) -> bool:
+def wants_checkpointing(asked: bool | str, config: Any, tokens_per_pass: int) -> bool:
     """Whether to recompute activations in the backward pass instead of keeping them.
 
     Always on a GPU (Unsloth's offloaded form is nearly free there). On a CPU it costs a third of the speed, so only if
     the kept activations would take over a quarter of the free memory. Per token and layer they are about 14 hidden
     and 6 intermediate vectors in float32: inputs of the projections, of the norms and of the LoRA branches.
     """
+    if isinstance(asked, bool):
+        return asked
     if on_gpu():
         return True
     import psutil
