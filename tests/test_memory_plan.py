@@ -11,7 +11,6 @@ from service.specs import CptSpec, IftSpec, parse_spec
 from tests.steps import merged
 from worker.memory import GIB, MARGIN, Estimate, NoEstimate, Shape, estimate, largest_batch, plan
 
-
 LLAMA_1B = Shape.of(
     {
         "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64,
