@@ -28,6 +28,7 @@ from service.files import endpoints as files
 from service.fine_tuning import endpoints as fine_tuning
 from service.generate import endpoints as generate
 from service.jobs import endpoints as jobs
+from service.jobs.dry_run import DryRuns
 from service.jobs.events import EventHub
 from service.limits import BodyLimit
 from service.migrate import is_current
@@ -60,6 +61,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.settings = settings
     app.state.registry = registry
     app.state.shutdown = Shutdown()
+    app.state.dry_runs = DryRuns(settings)
     for part in (files, jobs, graphs, adapters, generate, openai, fine_tuning, health):
         app.include_router(part.router)
     app.add_exception_handler(LorryError, _render)

@@ -11,6 +11,7 @@ from fastapi import Depends, Request
 
 from service.db import Database
 from service.engines import Engines
+from service.jobs.dry_run import DryRuns
 from service.queue import JobQueue
 from service.settings import Settings
 
@@ -31,7 +32,12 @@ async def _engine(request: Request) -> Engines:
     return cast(Engines, request.app.state.engine)
 
 
+async def _dry_runs(request: Request) -> DryRuns:
+    return cast(DryRuns, request.app.state.dry_runs)
+
+
 SettingsDep = Annotated[Settings, Depends(_settings)]
 DbDep = Annotated[Database, Depends(_db)]
 EngineDep = Annotated[Engines, Depends(_engine)]
 QueueDep = Annotated[JobQueue, Depends(_queue)]
+DryRunsDep = Annotated[DryRuns, Depends(_dry_runs)]

@@ -129,6 +129,10 @@ class Settings(BaseSettings):
         description="llama.cpp checkout with a built llama-quantize, for GGUF exports, instead of the packaged converter and quantiser.",
     )
     max_attempts: int = Field(3, ge=1, description="Attempts at a job before it fails for good.")
+    dry_runs: int = Field(
+        2, ge=0, description="Dry runs that an API process carries out at once, each in a process of its own; 0: none."
+    )
+    dry_run_seconds: float = Field(300.0, gt=0, description="How long a dry run may take before it is ended.")
     heartbeat_seconds: float = Field(2.0, gt=0, description="How often a running job says it is alive.")
     heartbeat_timeout_seconds: float = Field(
         20.0, gt=0, description="A running job silent for this long is taken for dead."

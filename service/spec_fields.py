@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from service.queue_names import POOL_NAME, POOL_RULE
 
@@ -99,6 +99,7 @@ def check_pool_name(name: str) -> str:
 Gpus = Annotated[Literal[0, 1] | None, BeforeValidator(check_gpus)]
 PoolName = Annotated[str, AfterValidator(check_pool_name)]
 Priority = Literal["high", "normal", "low"]
+BatchSize = Literal["auto"] | Annotated[int, Field(ge=1, le=4096)]
 
 
 def size_in_bytes(size: str) -> int:

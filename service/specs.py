@@ -16,6 +16,7 @@ from service.spec_fields import (
     GGUF_METHODS,
     AdapterName,
     AdapterRef,
+    BatchSize,
     FileSize,
     Methods,
     Optimizer,
@@ -172,7 +173,10 @@ class DatasetSpec(Spec):
 class TrainingSpec(Spec):
     """transformers.TrainingArguments' fields, plus Unsloth's embedding_learning_rate."""
 
-    per_device_train_batch_size: int = Field(8, ge=1, le=4096, description="Sequences per forward pass.")
+    per_device_train_batch_size: BatchSize = Field(
+        8,
+        description="Sequences per forward pass; auto: the largest power of two that fits the device's free memory, with the number of passes changed so that a step has 8 × gradient_accumulation_steps rows. The run's record and a log event tell the choice.",
+    )
     per_device_eval_batch_size: int = Field(8, ge=1, le=4096, description="Sequences per evaluation pass.")
     gradient_accumulation_steps: int = Field(
         2, ge=1, le=4096, description="Forward passes per optimiser step; the loss is averaged over all their tokens."

@@ -146,6 +146,8 @@ def execute(
     # What was imported stays. Without this each full collection, of which Unsloth asks for many, walks half a million
     # objects and holds the interpreter meanwhile, and the heartbeat with it.
     gc.freeze()
+    if not isinstance(spec, ExportSpec):
+        spec = importlib.import_module("worker.auto_batch").settle_batch(spec, context)
     outcome: Outcome = recipe.run(spec, context)
     if storage.remote and outcome.ended == "done":
         progress.phase("storing")

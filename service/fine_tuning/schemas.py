@@ -13,7 +13,8 @@ from service.models import CheckpointRow, EventRow, JobRow
 from service.spec_fields import Metadata
 from service.specs import IftSpec
 
-# What "auto" stands for. Three passes are what small instruction sets want; the rest are the native specs' defaults.
+# What "auto" stands for. Three passes are what small instruction sets want; 8 rows a step are the native "auto", which
+# divides them into as many passes as the device's memory asks for.
 AUTO_EPOCHS, AUTO_BATCH, BASE_LEARNING_RATE = 3, 8, 2e-4
 _SUFFIX = re.compile(r"[A-Za-z0-9._-]{1,40}")
 
@@ -34,7 +35,7 @@ class Hyperparameters(Body):
         "auto", description=f"Passes over the data; auto is {AUTO_EPOCHS}."
     )
     batch_size: Literal["auto"] | Annotated[int, Field(ge=1, le=4096)] = Field(
-        "auto", description=f"Rows per optimiser step; auto is {AUTO_BATCH}."
+        "auto", description=f"Rows per optimiser step; auto is {AUTO_BATCH}, in as many passes as the memory asks for."
     )
     learning_rate_multiplier: Literal["auto"] | Annotated[float, Field(ge=1e-6, le=1000)] = Field(
         "auto", description=f"Times {BASE_LEARNING_RATE:g}; auto is 1."
@@ -90,7 +91,7 @@ def spec(body: FineTuningRequest, *, name: str, base: str, parent: str | None) -
         "logging_steps": 1,
         "eval_steps": 50,
         "save_steps": 50,
-        "per_device_train_batch_size": rows,
+        "per_device_train_batch_size": "auto" if wanted.batch_size == "auto" else rows,
         "gradient_accumulation_steps": batch // rows,
     }
     if body.seed is not None:
@@ -119,9 +120,10 @@ _STATUS = {"preparing": "validating_files"}
 def job(row: JobRow) -> dict[str, Any]:
     """A training job, however it was made, as OpenAI's fine_tuning.job. organization_id is empty: there are none."""
     of, training = row.spec["dataset"], row.spec["training"]
+    rows = training["per_device_train_batch_size"]
     hyper = {
         "n_epochs": training["num_train_epochs"],
-        "batch_size": training["per_device_train_batch_size"] * training["gradient_accumulation_steps"],
+        "batch_size": (AUTO_BATCH if rows == "auto" else rows) * training["gradient_accumulation_steps"],
         "learning_rate_multiplier": training["learning_rate"] / BASE_LEARNING_RATE,
     }
     eta = row.progress.get("eta_seconds") if row.status == "running" else None

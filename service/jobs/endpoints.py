@@ -8,10 +8,12 @@ from fastapi import APIRouter, Body, Header, Path, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import PlainTextResponse, StreamingResponse
 
-from service.deps import DbDep, QueueDep, SettingsDep
+from service.deps import DbDep, DryRunsDep, QueueDep, SettingsDep
+from service.disconnect import ClientGone, unless_gone
 from service.errors import Conflict, Invalid, NotFound
 from service.files.download import Download
 from service.jobs import repository, schemas, service
+from service.jobs.dry_run_schemas import DryRun
 from service.jobs.events import EventHub
 from service.jobs.states import FINAL, Status
 from service.jobs.tar import Tar
@@ -24,6 +26,10 @@ from service.wire import After, IdempotencyKey, Limit, Page
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 JobId = Annotated[str, Path(description="Id of a job, job_….")]
 AnyJob = Annotated[CptSpec | IftSpec | ExportSpec, Body(discriminator="kind", description="One of the three specs.")]
+HubToken = Annotated[
+    str | None,
+    Header(min_length=1, max_length=512, description="Hub token, held only until the job ends and never shown."),
+]
 Seq = Annotated[int, Query(ge=0, le=2**31 - 1, description="Only events after this one.")]
 
 
@@ -35,10 +41,7 @@ def create(
     queue: QueueDep,
     settings: SettingsDep,
     idempotency_key: IdempotencyKey = None,
-    x_hf_token: Annotated[
-        str | None,
-        Header(min_length=1, max_length=512, description="Hub token, held only until the job ends and never shown."),
-    ] = None,
+    x_hf_token: HubToken = None,
 ) -> Any:
     """The job is stored before the answer; `Location` is its address. `after` queues it behind other jobs."""
     row, found = service.create(db, queue, settings, spec, key=idempotency_key, token=x_hf_token)
@@ -46,6 +49,19 @@ def create(
     if found:
         response.headers["Idempotent-Replayed"] = "true"
     return schemas.job(row)
+
+
+@router.post("/dry-run", response_model=DryRun, dependencies=[Storable], summary="Say what a job would do")
+async def dry_run(spec: AnyJob, request: Request, db: DbDep, runs: DryRunsDep, x_hf_token: HubToken = None) -> Any:
+    """The body and the refusals are those of POST /v1/jobs; nothing is stored, no name taken, nothing started.
+
+    The data is read and checked as the job would: what the job would fail with is in `error`, malformed rows by number.
+    503 `dry_run_unavailable` where this API's host has no training packages. A client that leaves ends it.
+    """
+    try:
+        return await unless_gone(request, runs.report(db, spec, x_hf_token))
+    except ClientGone:
+        return Response(status_code=499)
 
 
 @router.get("", response_model=Page[schemas.Job], summary="List jobs")

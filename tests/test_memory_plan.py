@@ -1,0 +1,179 @@
+"""The estimate of a training's memory: against what was measured, and how it grows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from service.specs import CptSpec, IftSpec, parse_spec
+from tests.steps import merged
+from worker.memory import GIB, MARGIN, Estimate, NoEstimate, Shape, estimate, largest_batch, plan
+
+LLAMA_1B = Shape.of(
+    {
+        "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128_256, "tie_word_embeddings": True,
+    }
+)  # fmt: skip
+LLAMA_8B = Shape.of(
+    {
+        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128_256, "tie_word_embeddings": False,
+    }
+)  # fmt: skip
+PASS = 8 * 2048  # tokens of the default pass
+
+
+def spec(**changes: Any) -> CptSpec | IftSpec:
+    """The default recipe; keyword arguments set dotted paths, with __ for the dot."""
+    base = {"kind": "cpt", "adapter": "a", "dataset": {"path": "org/set", "template": {"prompt": "{text}"}}}
+    parsed = parse_spec(merged(base, {k.replace("__", "."): v for k, v in changes.items()}))
+    assert parsed.kind != "export"
+    return parsed
+
+
+# Measured on one H100 80 GB, torch.cuda.max_memory_allocated(): Unsloth's own script of the default recipe (NF4 base,
+# r = 64, adamw_8bit, 8 × 2048 tokens, 2 passes a step). It trains the embeddings in the base's bfloat16, and a tied pair
+# as one matrix; lorry trains two in float32.
+@pytest.mark.parametrize(("shape", "gib"), [(LLAMA_1B, 6.4), (LLAMA_8B, 18.8)])
+def test_the_estimate_is_near_what_was_measured_on_an_h100(shape: Shape, gib: float) -> None:
+    found = estimate(spec(), shape, PASS, embedding_bytes=2, keeps_tied=True)
+    assert found.bytes / GIB == pytest.approx(gib, rel=0.15)
+
+
+@pytest.mark.parametrize("shape", [LLAMA_1B, LLAMA_8B])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"lora__train_embeddings": False}, {"model__load_in_4bit": False}, {"training__optim": "paged_adamw_8bit"}],
+)
+def test_the_parts_add_up_to_the_largest_phase(shape: Shape, changes: dict[str, Any]) -> None:
+    for tokens in (1, 100, PASS, 10 * PASS):
+        found = estimate(spec(**changes), shape, tokens)
+        assert sum(found.parts.values()) == found.bytes == max(found.phases.values()) == found.phases[found.phase]
+        assert min(found.parts.values()) >= 0
+
+
+def test_more_tokens_a_pass_never_take_less() -> None:
+    for shape in (LLAMA_1B, LLAMA_8B):
+        for device in ("cuda", "cpu"):
+            sizes = [estimate(spec(), shape, n * 512, device=device).bytes for n in range(1, 200)]  # type: ignore[arg-type]
+            assert sizes == sorted(sizes)
+
+
+def total(**changes: Any) -> int:
+    return estimate(spec(**changes), LLAMA_8B, PASS).bytes
+
+
+def test_what_saves_memory_takes_less_and_what_costs_some_takes_more() -> None:
+    usual = total()
+    assert total(lora__train_embeddings=False) < usual - 8 * GIB
+    assert total(model__load_in_4bit=False) > usual + 8 * GIB
+    assert total(lora__r=128) > usual
+    assert total(lora__target_modules=["q_proj"]) < usual
+    assert total(training__optim="adamw_torch") > usual > total(training__optim="paged_adamw_8bit")
+    parent = estimate(spec(), LLAMA_8B, PASS, frozen_adapter_bytes=GIB).bytes
+    assert parent == usual + GIB
+
+
+def test_embed_tokens_keeps_32_bit_states_under_an_8_bit_optimizer() -> None:
+    states = estimate(spec(), LLAMA_8B, PASS).parts["optimizer"]
+    lora = LLAMA_8B.lora(spec().lora.target_modules, 64)
+    eight_bit = 2 + 2 * 4 / 256
+    assert states == pytest.approx(LLAMA_8B.matrix * (8 + eight_bit) + lora * eight_bit)
+
+
+def test_weights_are_counted_as_the_models_have_them() -> None:
+    assert LLAMA_8B.parameters == 8_030_261_248  # Llama 3.1 8B's model card
+    assert LLAMA_1B.parameters == 1_235_814_400  # Llama 3.2 1B's
+    qwen = Shape.of(
+        {
+            "model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+            "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151_936, "tie_word_embeddings": True,
+        }
+    )  # fmt: skip
+    assert qwen.parameters == 494_032_768  # Qwen2.5 0.5B's
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "mistral", "gemma"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_are_those_of_transformers_own_models(kind: str, tied: bool) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 128, "head_dim": 24}
+    config = AutoConfig.for_model(
+        kind, **sizes, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied, pad_token_id=0
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    shape = Shape.of(config)
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    layer = {
+        n.rsplit(".", 1)[-1]: m for n, m in model.named_modules() if type(m) is torch.nn.Linear and "layers.0" in n
+    }
+    assert shape.projections == {n: (m.in_features, m.out_features) for n, m in layer.items()}
+
+
+def test_a_model_that_the_arithmetic_does_not_know_has_no_estimate() -> None:
+    with pytest.raises(NoEstimate, match="mixtral"):
+        Shape.of({"model_type": "mixtral"})
+    with pytest.raises(NoEstimate, match="router"):
+        estimate(spec(lora__target_modules=["q_proj", "router"]), LLAMA_1B, 100)
+
+
+# The batch
+
+
+def test_auto_is_the_largest_power_of_two_that_fits_and_keeps_the_rows_of_a_step() -> None:
+    auto = spec(training__per_device_train_batch_size="auto", training__gradient_accumulation_steps=4)
+    before: Estimate | None = None
+    for gib in (1, 20, 24, 30, 80):
+        chosen = plan(auto, LLAMA_8B, gib * GIB, 2048)
+        assert chosen.batch * chosen.accumulation == 32
+        assert chosen.batch == largest_batch(auto, LLAMA_8B, gib * GIB, 2048)
+        assert chosen.fits == (chosen.estimate.bytes * (1 + MARGIN) <= gib * GIB)
+        if chosen.fits and chosen.batch < 32:
+            assert not estimate(auto, LLAMA_8B, 2 * chosen.batch * 2048).fits(gib * GIB)
+        assert before is None or chosen.estimate.bytes >= before.bytes
+        before = chosen.estimate
+    assert chosen.batch == 32
+    assert plan(auto, LLAMA_8B, GIB, 2048).batch == 1
+    assert not plan(auto, LLAMA_8B, GIB, 2048).fits
+
+
+def test_short_rows_fit_in_larger_batches() -> None:
+    auto = spec(training__per_device_train_batch_size="auto", training__gradient_accumulation_steps=8)
+    assert plan(auto, LLAMA_8B, 32 * GIB, 256).batch > plan(auto, LLAMA_8B, 32 * GIB, 2048).batch
+    longest = plan(auto, LLAMA_8B, 32 * GIB, 100_000)  # cut at max_seq_length
+    assert longest == plan(auto, LLAMA_8B, 32 * GIB, 2048)
+
+
+def test_rows_of_a_step_that_no_larger_power_of_two_divides_bound_the_batch() -> None:
+    auto = spec(training__per_device_train_batch_size="auto", training__gradient_accumulation_steps=3)
+    chosen = plan(auto, LLAMA_1B, 80 * GIB, 128)
+    assert (chosen.batch, chosen.accumulation) == (8, 3)
+
+
+def test_a_batch_that_is_given_stays_and_is_only_estimated() -> None:
+    chosen = plan(spec(training__per_device_train_batch_size=3), LLAMA_8B, 80 * GIB, 2048)
+    assert (chosen.batch, chosen.accumulation, chosen.estimate.tokens) == (3, 2, 3 * 2048)
+
+
+def test_on_a_cpu_auto_is_eight_or_what_the_memory_bears() -> None:
+    auto = spec(training__per_device_train_batch_size="auto", lora__train_embeddings=False, model__load_in_4bit=False)
+    small = Shape.of(
+        {
+            "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+            "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49_152, "tie_word_embeddings": True,
+        }
+    )  # fmt: skip
+    assert plan(auto, small, 512 * GIB, 256, device="cpu").batch == 8
+    assert plan(auto, small, GIB, 256, device="cpu").batch < 8
+
+
+@pytest.mark.parametrize("value", [0, 4097, "Auto", 1.5, None])
+def test_a_batch_is_a_number_or_the_word_auto(value: Any) -> None:
+    with pytest.raises(ValidationError):
+        spec(training__per_device_train_batch_size=value)
