@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from service.errors import JobFailure
 from service.specs import parse_spec
 from tests.recipes import Run, cpt_spec, ift_spec, run_recipe
-from worker.passes import IGNORE, Capacity, collate, inputs_of, passes_of
+from worker.passes import ALIGN, IGNORE, Capacity, collate, inputs_of, passes_of
 
 LENGTHS = [5, 17, 3, 3, 30, 1, 12, 8]
 
@@ -76,10 +76,11 @@ def test_a_pass_has_the_rows_own_tokens_and_positions(packed: bool) -> None:
     step = collate(rows)
     (inputs,) = passes_of(step, Capacity(packed, 100, 1000), pad_token_id=0)
     if packed:
-        assert inputs["packed_seq_lengths"].tolist() == LENGTHS
-        assert inputs["position_ids"][0].tolist() == [i for n in LENGTHS for i in range(n)]
-        assert inputs["input_ids"][0].tolist() == [i for row in rows for i in row["input_ids"]]
-        assert inputs["labels"][0].tolist() == [i for row in rows for i in row["labels"]]
+        filler = ALIGN - sum(LENGTHS) % ALIGN  # a row of padding behind the others
+        assert inputs["packed_seq_lengths"].tolist() == [*LENGTHS, filler]
+        assert inputs["position_ids"][0].tolist() == [i for n in [*LENGTHS, filler] for i in range(n)]
+        assert inputs["input_ids"][0].tolist() == [i for row in rows for i in row["input_ids"]] + [0] * filler
+        assert inputs["labels"][0].tolist() == [i for row in rows for i in row["labels"]] + [IGNORE] * filler
     else:
         for i, row in enumerate(rows):
             n = LENGTHS[i]

@@ -6,9 +6,11 @@ from typing import Any
 
 from service.specs import CptSpec
 from worker import model as models
+from worker.auto_batch import free_bytes
 from worker.base_model import load_tokenizer
+from worker.checkpointing import choose
 from worker.data import prepare
-from worker.fit import Build, fit, tokens_per_pass
+from worker.fit import Build, fit
 from worker.outcome import Context, Outcome, check
 
 
@@ -28,10 +30,11 @@ def run(spec: CptSpec, context: Context) -> Outcome:
 
     progress.phase("model")
     config = models.config_of(paths.base, spec.model, **context.hub)
-    checkpointing = models.wants_checkpointing(spec.training.gradient_checkpointing, config, tokens_per_pass(spec, data))
+    choice = choose(spec, config, data.report["longest"], free_bytes(), gpu=models.on_gpu())
+    checkpointing = choice.used
 
     def build() -> Any:
         base = models.load_base(spec.model, paths.base, checkpointing=checkpointing, **context.hub)
         return models.add_lora(base, spec.lora, seed=spec.training.seed, checkpointing=checkpointing)
 
-    return fit(spec, Build(build, checkpointing), tokenizer, data, context)
+    return fit(spec, Build(build, choice), tokenizer, data, context)

@@ -15,6 +15,7 @@ from service.specs import CptSpec, IftSpec
 from worker import adapter_io, record, verify
 from worker import model as models
 from worker import trainer as trainers
+from worker.checkpointing import Checkpointing
 from worker.checkpoints import checkpoints_in, read_pending
 from worker.data import Prepared
 from worker.files import folder_bytes, whole_folder
@@ -42,7 +43,7 @@ class Build:
     """How to make the model: called once, so that nobody else holds it when its memory is needed again."""
 
     model: Callable[[], Any]  # a PeftModel whose "default" adapter is trainable
-    checkpointing: bool
+    checkpointing: Checkpointing
     parent: Path | None = None  # the frozen or merged adapter that the saved one must contain, too
 
 
@@ -88,7 +89,11 @@ def train_and_save(
     model = build.model()
     counts = models.count_parameters(model)
     packing = choose_packing(spec.training.packing, model)
-    capacity, eval_capacity = capacities(spec, data, packed=packing["used"], checkpoints=context.checkpoints)
+    if not build.checkpointing.used:
+        models.widen_loss_chunks()
+    capacity, eval_capacity = capacities(
+        spec, data, build.checkpointing.tokens, packed=packing["used"], checkpoints=context.checkpoints
+    )
     probe = [row[:PROBE_TOKENS] for row in (data.eval or data.train)[:PROBE_ROWS]["input_ids"]]
 
     def save_adapter(folder: Path, step: int) -> None:
@@ -109,7 +114,7 @@ def train_and_save(
         paths.run_dir,
         has_eval=data.eval is not None,
         resuming=trainers.is_resuming(context.checkpoints),
-        checkpointing=build.checkpointing,
+        checkpointing=build.checkpointing.used,
     )
     trainer = trainers.LorryTrainer(
         model=model,
@@ -133,7 +138,11 @@ def train_and_save(
             "device": record.device(),
             "versions": record.versions(),
             "compute": models.compute_types(model, args),
-            "gradient_checkpointing": build.checkpointing,
+            "gradient_checkpointing": {
+                "asked": spec.training.gradient_checkpointing,
+                "used": build.checkpointing.used,
+                "why": build.checkpointing.why,
+            },
             "packing": packing,
             "passes": describe_passes(capacity_of),
         }
@@ -155,28 +164,27 @@ def train_and_save(
     return Trained(result, probe[0], next_token_logprobs(model, probe[0]))
 
 
-def tokens_per_pass(spec: CptSpec | IftSpec, data: Prepared) -> int:
-    """Tokens in the largest forward pass, padding included."""
-    return int(spec.training.per_device_train_batch_size * min(spec.model.max_seq_length, data.report["longest"]))
-
-
 def capacities(
-    spec: CptSpec | IftSpec, data: Prepared, *, packed: bool, checkpoints: Path
+    spec: CptSpec | IftSpec, data: Prepared, most: int | None, *, packed: bool, checkpoints: Path
 ) -> tuple[Capacity, Capacity]:
     """What a pass may hold in training and in evaluation: as the spec asks, or what an earlier attempt found to fit.
 
     Packed, a pass has the tokens that the spec's batch of full windows would have, so it needs no more memory. On a CPU,
-    where a packed pass is masked and not skipped, those of the batch as it is.
+    where a packed pass is masked and not skipped, those of the batch as it is. `most`: tokens that the memory bears.
     """
     t = spec.training
     longest = spec.model.max_seq_length if models.on_gpu() else min(spec.model.max_seq_length, data.report["longest"])
-    rows = {"train": t.per_device_train_batch_size, "eval": t.per_device_eval_batch_size}
+    rows = {"train": int(t.per_device_train_batch_size), "eval": t.per_device_eval_batch_size}
     made = {side: Capacity(packed, n, n * longest) for side, n in rows.items()}
+    if most is not None:
+        made["train"].tokens = min(made["train"].tokens, most)
+        made["train"].rows = max(1, min(made["train"].rows, most // min(longest, data.report["longest"])))
     present = checkpoints_in(checkpoints)
     if present:
         learnt = read_pending(present[max(present)]).get("capacity", {})
         for side, values in learnt.items():
-            made[side].rows, made[side].tokens = values["rows"], values["tokens"]
+            made[side].rows = min(made[side].rows, values["rows"])
+            made[side].tokens = min(made[side].tokens, values["tokens"])
     return made["train"], made["eval"]
 
 

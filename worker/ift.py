@@ -7,10 +7,12 @@ from typing import Any
 from service.errors import JobFailure
 from service.specs import IftSpec
 from worker import model as models
+from worker.auto_batch import free_bytes
 from worker.base_model import load_tokenizer
+from worker.checkpointing import choose
 from worker.data import prepare
 from worker.export.merge import merge_into_base
-from worker.fit import Build, fit, tokens_per_pass
+from worker.fit import Build, fit
 from worker.outcome import Context, Outcome, check
 
 
@@ -32,7 +34,8 @@ def run(spec: IftSpec, context: Context) -> Outcome:
 
     progress.phase("model")
     config = models.config_of(paths.base, spec.model, **context.hub)
-    checkpointing = models.wants_checkpointing(spec.training.gradient_checkpointing, config, tokens_per_pass(spec, data))
+    choice = choose(spec, config, data.report["longest"], free_bytes(), gpu=models.on_gpu())
+    checkpointing = choice.used
     seed, init, parent = spec.training.seed, spec.init, paths.parent
 
     def build() -> Any:
@@ -49,4 +52,4 @@ def run(spec: IftSpec, context: Context) -> Outcome:
         return model
 
     contained = parent if init and init.mode in ("stack", "merge") else None
-    return fit(spec, Build(build, checkpointing, contained), tokenizer, data, context)
+    return fit(spec, Build(build, choice, contained), tokenizer, data, context)

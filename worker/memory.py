@@ -47,11 +47,16 @@ KEPT_HIDDEN = 5
 # the attention's output and its copy, keys and values repeated for all heads, and five gradients of these; k, v and their
 # gradients; in the MLP gate, up and their product, whose gradients take their places (unsloth.kernels.fast_lora, in place).
 LAYER_HIDDEN, LAYER_QUERY, LAYER_KEY, LAYER_MLP = 9, 11, 4, 3
-# Without checkpointing, on a CPU: vectors a layer in float32, as worker.model.wants_checkpointing counts them.
+# Without checkpointing, on a CPU: vectors a layer in float32, inputs of the projections, of the norms and of the LoRA branches.
 CPU_HIDDEN, CPU_MLP = 14, 6
+# The same on a GPU, where Unsloth's fused LoRA layers keep, for each token and layer: of the hidden size the layer's input,
+# the two norms' outputs and the residual; queries and the attention's output; keys and values; gate and up.
+KEEPS_HIDDEN, KEEPS_QUERY, KEEPS_KEY, KEEPS_MLP = 4, 2, 2, 2
 # Rows of logits at a time in Unsloth's fused loss (unsloth_zoo.fused_losses.fused_linear, fused_linear_rows): a power of
 # two near tokens × hidden / vocabulary, at least what fills 512 rows of a vocabulary of 151,936, in float32.
 CHUNK_FLOOR, CHUNK_ROWS = 512 * 151_936, (512, 4096)
+# What lorry makes of the least where memory is not short (worker.model.widen_loss_chunks): larger products are faster.
+WIDE_CHUNK_ROWS = 2048
 
 CONTEXT_BYTES = {"cuda": GIB // 2, "cpu": GIB}  # CUDA's own memory and kernels; Python and its libraries
 # What is left free: the estimate's own error (docs/hardware.md), and what the allocator loses between its blocks.
@@ -136,7 +141,7 @@ def estimate(
     # A tied matrix has its gradient from the loss kept until the one from the input arrives.
     waits = head_gradient if one else 0
     phases = {
-        "loss": _loss(shape, tokens, vector, head_gradient, copies=embedding_bytes != held),
+        "loss": _loss(shape, tokens, vector, head_gradient, copies=embedding_bytes != held, wide=not checkpointing),
         "layer": layer + waits,
         "embeddings": head_gradient + 2 * waits,  # a dense gradient of embed_tokens, before it is added up
     }
@@ -171,17 +176,22 @@ def _activations(
         per_layer = CPU_HIDDEN * shape.hidden + CPU_MLP * shape.intermediate
         return 4 * tokens * shape.layers * per_layer, 0
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    kept_width = KEEPS_HIDDEN * shape.hidden + KEEPS_QUERY * q + KEEPS_KEY * kv + KEEPS_MLP * shape.intermediate
     width = LAYER_HIDDEN * shape.hidden + LAYER_QUERY * q + LAYER_KEY * kv + LAYER_MLP * shape.intermediate
     dequantised = 2 * max(a * b for a, b in shape.projections.values()) if spec.model.load_in_4bit else 0
+    if not checkpointing:
+        return vector * (KEPT_HIDDEN * shape.hidden + shape.layers * kept_width), vector * (
+            width - kept_width
+        ) + dequantised
     # On a CPU nothing is offloaded: each layer keeps its input.
     kept = KEPT_HIDDEN if gpu else KEPT_HIDDEN + shape.layers
     return vector * kept * shape.hidden, vector * width + dequantised
 
 
-def _loss(shape: Shape, tokens: int, vector: int, head_gradient: int, *, copies: bool) -> int:
+def _loss(shape: Shape, tokens: int, vector: int, head_gradient: int, *, copies: bool, wide: bool) -> int:
     """Bytes of the fused loss: its forward makes the gradients, its backward scales them into new tensors."""
     least, most = CHUNK_ROWS
-    floor = max(_power_below(CHUNK_FLOOR // shape.vocab), least)
+    floor = max(_power_below(CHUNK_FLOOR // shape.vocab), WIDE_CHUNK_ROWS if wide else least)
     rows = min(max(_power_below(tokens * shape.hidden // shape.vocab), min(floor, most)), most, max(tokens, 1))
     hidden = vector * shape.hidden
     copy = 2 * shape.matrix if head_gradient and copies else 0  # lm_head in the type that it is multiplied in
@@ -194,7 +204,7 @@ def _power_below(n: int) -> int:
 
 
 def keeps_activations(shape: Shape, tokens: int, free_bytes: int) -> bool:
-    """On a CPU: whether a pass keeps its activations instead of computing them again (worker.model.wants_checkpointing)."""
+    """On a CPU: whether a pass keeps its activations instead of computing them again, at a third of the speed."""
     per_layer = CPU_HIDDEN * shape.hidden + CPU_MLP * shape.intermediate
     return 4 * per_layer * shape.layers * tokens <= free_bytes / 4
 

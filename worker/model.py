@@ -12,6 +12,7 @@ import torch
 import unsloth
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from peft import get_peft_model as plain_get_peft_model
+from peft.utils import ModulesToSaveWrapper
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -20,6 +21,7 @@ from transformers import AutoConfig
 from service.errors import JobFailure
 from service.specs import LoraSpec, ModelSpec
 from worker import adapter_io
+from worker.memory import WIDE_CHUNK_ROWS
 
 EMBEDDINGS = ("embed_tokens", "lm_head")
 
@@ -103,7 +105,31 @@ def add_lora(model: Any, lora: LoraSpec, *, seed: int, checkpointing: bool, plai
         )
     if lora.loftq_config:
         init_loftq(peft_model)
+    offload_originals(peft_model)
     return peft_model
+
+
+def offload_originals(model: PeftModel) -> None:
+    """Keep the frozen matrices that trained embeddings stand for on the host: no pass reads them."""
+    if not on_gpu():
+        return
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            for parameter in module.original_module.parameters():
+                parameter.data = parameter.data.to("cpu")
+
+
+def widen_loss_chunks() -> None:
+    """Let Unsloth's fused loss take more rows of logits at a time, where memory is not short.
+
+    It takes 512 at a vocabulary of 128k, so that each chunk's product with the head, and the sum into its gradient, move
+    far more than they compute.
+    """
+    if on_gpu():
+        from unsloth_zoo.fused_losses import fused_linear
+
+        if hasattr(fused_linear, "_MIN_ROWS"):  # a private name: another version may do without it
+            fused_linear._MIN_ROWS = max(fused_linear._MIN_ROWS, WIDE_CHUNK_ROWS)
 
 
 def init_loftq(model: PeftModel) -> None:
@@ -267,21 +293,3 @@ def trained_on(model: Any) -> dict[str, Any]:
             for key, value in (quantization or {}).items()
         }
     return {"dtype": str(model.dtype).removeprefix("torch."), "quantization_config": quantization}
-
-
-def wants_checkpointing(asked: bool | str, config: Any, tokens_per_pass: int) -> bool:
-    """Whether to recompute activations in the backward pass instead of keeping them.
-
-    Always on a GPU (Unsloth's offloaded form is nearly free there). On a CPU it costs a third of the speed, so only if
-    the kept activations would take over a quarter of the free memory. Per token and layer they are about 14 hidden
-    and 6 intermediate vectors in float32: inputs of the projections, of the norms and of the LoRA branches.
-    """
-    if isinstance(asked, bool):
-        return asked
-    if on_gpu():
-        return True
-    import psutil
-
-    per_layer = 14 * config.hidden_size + 6 * getattr(config, "intermediate_size", 4 * config.hidden_size)
-    needed = 4 * per_layer * config.num_hidden_layers * tokens_per_pass
-    return bool(needed > psutil.virtual_memory().available / 4)

@@ -15,9 +15,11 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 IGNORE = -100
+ALIGN = 64  # tokens; the GPU's tensor cores want sizes that are multiples of this, or products take a slow path
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -79,8 +81,8 @@ def inputs_of(step: dict[str, Any], rows: range, *, packed: bool, pad_token_id: 
     """A model's inputs for some rows of a collated step.
 
     Rows of one length: [rows, length], nothing to mask. Otherwise packed: [1, tokens], with position_ids that restart
-    and packed_seq_lengths [rows] (int32, on the host), as Unsloth's attention takes them; or padded on the right:
-    [rows, longest] with attention_mask.
+    and packed_seq_lengths [rows] (int32, on the host), as Unsloth's attention takes them, and at the end a row of
+    padding that makes the tokens a multiple of ALIGN; or padded on the right: [rows, longest] with attention_mask.
     """
     starts = [0, *accumulate(step["lengths"])]
     lengths = step["lengths"][rows.start : rows.stop]
@@ -88,6 +90,9 @@ def inputs_of(step: dict[str, Any], rows: range, *, packed: bool, pad_token_id: 
     if len(set(lengths)) == 1:
         return {"input_ids": ids.view(len(rows), -1), "labels": labels.view(len(rows), -1)}
     if packed:
+        if filler := -sum(lengths) % ALIGN:
+            lengths = [*lengths, filler]
+            ids, labels = pad(ids, (0, filler), value=pad_token_id), pad(labels, (0, filler), value=IGNORE)
         return {
             "input_ids": ids[None],
             "labels": labels[None],

@@ -23,6 +23,7 @@ parser.add_argument("--rows", required=True, type=Path, help=".jsonl with a text
 parser.add_argument("--output", required=True, type=Path, help="folder for the checkpoints and the adapter")
 parser.add_argument("--checkpointing", action="store_true", help="recompute activations (Unsloth's way)")
 parser.add_argument("--library-defaults", action="store_true", help="TRL's default loss, Unsloth's checkpointing")
+parser.add_argument("--float32", action="store_true", help="keep what is trained in float32: TRL casts it to bfloat16")
 arguments = parser.parse_args()
 
 from unsloth import FastLanguageModel, UnslothTrainer, UnslothTrainingArguments, is_bfloat16_supported  # noqa: E402, I001
@@ -99,6 +100,10 @@ trainer = UnslothTrainer(
         **({} if arguments.library_defaults else {"loss_type": "nll", "prediction_loss_only": True}),
     ),
 )  # fmt: skip
+if arguments.float32:
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 trainer.train()
 trainer.evaluate()
 model.save_pretrained(str(arguments.output / "adapter"))

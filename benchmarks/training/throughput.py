@@ -55,10 +55,8 @@ def rows_of_lengths(model: Path, lengths: list[int], path: Path) -> Path:
     return path
 
 
-def lengths_of(data: str, number: int, window: int) -> list[int]:
-    """Tokens of each row: all full, or spread like instruction data's."""
-    if data == "windows":
-        return [window + 64] * number  # cut to the window, by both sides
+def lengths_of(number: int, window: int) -> list[int]:
+    """Tokens of each row, spread like instruction data's."""
     rnd = random.Random(0)
     return [min(int(window * 0.61), int(50 + rnd.expovariate(1 / 225))) for _ in range(number)]
 
@@ -72,7 +70,11 @@ class Job(overhead.Job):
         spec["model"]["load_in_4bit"] = not self.arguments.sixteen_bit and self.arguments.size != "tiny"
         if self.arguments.kind == "ift":
             spec["dataset"]["template"] = {"prompt": "{question}", "response": "{answer}"}
-        spec["training"]["packing"] = "auto" if self.arguments.packing == "auto" else self.arguments.packing == "true"
+        for field, asked in (
+            ("packing", self.arguments.packing),
+            ("gradient_checkpointing", self.arguments.checkpointing),
+        ):
+            spec["training"][field] = "auto" if asked == "auto" else asked == "true"
         return spec
 
 
@@ -88,6 +90,7 @@ def main() -> None:
     parser.add_argument("--kind", choices=["cpt", "ift"], default="ift")
     parser.add_argument("--data", choices=["windows", "rows"], default="rows")
     parser.add_argument("--packing", choices=["auto", "true", "false"], default="auto")
+    parser.add_argument("--checkpointing", choices=["auto", "true", "false"], default="auto", help="of the job")
     parser.add_argument("--sixteen-bit", action="store_true", help="base in bfloat16 instead of NF4")
     parser.add_argument("--no-embeddings", action="store_true", help="LoRA only")
     parser.add_argument("--pairs", type=int, default=1)
@@ -98,6 +101,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048, help="the window, in tokens")
     parser.add_argument("--eval-rows", type=int, default=8)
     parser.add_argument("--models", type=Path, help="folder in which the model is kept for the next run")
+    parser.add_argument(
+        "--float32", action="store_true", help="also run the script with its trained weights in float32: for its losses"
+    )
     parser.add_argument("--only-job", action="store_true", help="leave the script out")
     arguments = parser.parse_args()
     arguments.gpu, arguments.logging_steps = arguments.size != "tiny", 1
@@ -112,8 +118,10 @@ def main() -> None:
             )
             subprocess.run([sys.executable, "-c", make], env=common.environment(where), check=True)
         number = arguments.steps * arguments.batch * arguments.accumulate + arguments.eval_rows
-        lengths = lengths_of(arguments.data, number, arguments.length)
-        rows = rows_of_lengths(model, lengths, where / "rows.jsonl")
+        if arguments.data == "windows":
+            rows = overhead.same_length_rows(model, arguments.length, number, where / "rows.jsonl")
+        else:
+            rows = rows_of_lengths(model, lengths_of(number, arguments.length), where / "rows.jsonl")
         job = Job(arguments, where, model, rows)
         report = common.Report("training/throughput", common.wait_until_calm(arguments.calm))
         runs: dict[str, list[dict[str, Any]]] = {"job": [], "script": []}
@@ -121,6 +129,8 @@ def main() -> None:
             runs["job"].append(job.run())
             if not arguments.only_job:
                 runs["script"].append(overhead.run_bare(where, rows, "--library-defaults"))
+        if arguments.float32:
+            runs["script, float32"] = [overhead.run_bare(where, rows, "--library-defaults", "--float32")]
 
     tokens = runs["job"][0]["result"]["tokens"] / arguments.steps
     about = {"size": arguments.size, "kind": arguments.kind, "data": arguments.data}
@@ -133,20 +143,20 @@ def main() -> None:
         report.add(
             "first_step_s", round(statistics.median(each["first_step_s"] for each in seen), 1), side=side, **about
         )
-        losses = list(seen[0]["losses"].values())
-        report.add("last_loss", round(losses[-1], 4), side=side, **about)
-        print(side, "losses", [round(loss, 4) for loss in losses])
+        print(side, "losses", [round(loss, 4) for loss in seen[0]["losses"].values()])
     report.add("tokens_a_step", round(tokens), side="job", **about)
     record = runs["job"][0]["record"]
-    print("packing", record["packing"], "passes", record["passes"], "trainable", record.get("trainable_parameters"))
+    for name in ("packing", "gradient_checkpointing", "passes", "trainable_parameters"):
+        print(name, record.get(name))
     if runs["script"]:
         ratios = [
             speed(a, tokens, arguments.warm_up) / speed(b, tokens, arguments.warm_up)
             for a, b in zip(runs["job"], runs["script"], strict=True)
         ]
         report.add("speed ratio", round(statistics.median(ratios), 3), side="job / script", **about)
-        gap = max(overhead.largest_difference(a, b) for a, b in zip(runs["job"], runs["script"], strict=True))
-        report.add("largest loss difference", round(gap, 5), side="job - script", **about)
+    for side in [side for side in runs if side != "job" and runs[side]]:
+        gap = max(overhead.largest_difference(a, b) for a, b in zip(runs["job"], runs[side], strict=False))
+        report.add("largest loss difference", round(gap, 5), side=f"job - {side}", **about)
     report.show()
 
 
