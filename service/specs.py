@@ -179,7 +179,10 @@ class TrainingSpec(Spec):
     )
     per_device_eval_batch_size: int = Field(8, ge=1, le=4096, description="Sequences per evaluation pass.")
     gradient_accumulation_steps: int = Field(
-        2, ge=1, le=4096, description="Forward passes per optimiser step; the loss is averaged over all their tokens."
+        2,
+        ge=1,
+        le=4096,
+        description="A step has this many times the batch's rows; the loss is averaged over all their tokens.",
     )
     warmup_ratio: float = Field(
         0.1, ge=0, le=1, description="Fraction of the steps over which the learning rate rises from 0."
@@ -211,7 +214,7 @@ class TrainingSpec(Spec):
     )
     packing: Literal["auto"] | bool = Field(
         "auto",
-        description="Several rows in one sequence, each with its own attention; auto: where the device has an exact kernel for it.",
+        description="Several rows in one pass without padding, each with its own attention; auto: on a GPU, if the model keeps rows apart. What is learnt is the same.",
     )
     gradient_checkpointing: Literal["auto"] | bool = Field(
         "auto",

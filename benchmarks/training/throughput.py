@@ -25,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks import common
-from benchmarks.training import overhead
+from benchmarks.training import clock, overhead
 
 GIB = 2**30
 
@@ -104,10 +104,15 @@ def main() -> None:
     parser.add_argument(
         "--float32", action="store_true", help="also run the script with its trained weights in float32: for its losses"
     )
+    parser.add_argument(
+        "--quick", action="store_true", help="end both after the last step: nothing is saved or read back"
+    )
     parser.add_argument("--only-job", action="store_true", help="leave the script out")
     arguments = parser.parse_args()
     arguments.gpu, arguments.logging_steps = arguments.size != "tiny", 1
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if arguments.quick:
+        os.environ[clock.QUICK] = "1"
 
     with common.folder() as where, common.database("sqlite", where):
         models = arguments.models or where
@@ -118,10 +123,14 @@ def main() -> None:
             )
             subprocess.run([sys.executable, "-c", make], env=common.environment(where), check=True)
         number = arguments.steps * arguments.batch * arguments.accumulate + arguments.eval_rows
+        rows_a_step = arguments.batch * arguments.accumulate
+        tokens = float(arguments.length * rows_a_step)
         if arguments.data == "windows":
             rows = overhead.same_length_rows(model, arguments.length, number, where / "rows.jsonl")
         else:
-            rows = rows_of_lengths(model, lengths_of(number, arguments.length), where / "rows.jsonl")
+            lengths = lengths_of(number, arguments.length)
+            rows = rows_of_lengths(model, lengths, where / "rows.jsonl")
+            tokens = rows_a_step * (statistics.mean(lengths) + 1)  # the end token
         job = Job(arguments, where, model, rows)
         report = common.Report("training/throughput", common.wait_until_calm(arguments.calm))
         runs: dict[str, list[dict[str, Any]]] = {"job": [], "script": []}
@@ -132,7 +141,6 @@ def main() -> None:
         if arguments.float32:
             runs["script, float32"] = [overhead.run_bare(where, rows, "--library-defaults", "--float32")]
 
-    tokens = runs["job"][0]["result"]["tokens"] / arguments.steps
     about = {"size": arguments.size, "kind": arguments.kind, "data": arguments.data}
     for side, seen in runs.items():
         if not seen:
@@ -144,6 +152,7 @@ def main() -> None:
             "first_step_s", round(statistics.median(each["first_step_s"] for each in seen), 1), side=side, **about
         )
         print(side, "losses", [round(loss, 4) for loss in seen[0]["losses"].values()])
+        print(side, "gradient norms", [round(norm, 3) for norm in seen[0]["grad_norms"].values()])
     report.add("tokens_a_step", round(tokens), side="job", **about)
     record = runs["job"][0]["record"]
     for name in ("packing", "gradient_checkpointing", "passes", "trainable_parameters"):
