@@ -203,10 +203,10 @@ def _power_below(n: int) -> int:
     return 1 << (max(n, 1).bit_length() - 1)
 
 
-def keeps_activations(shape: Shape, tokens: int, free_bytes: int) -> bool:
+def keeps_activations(hidden: int, intermediate: int, layers: int, tokens: int, free_bytes: int) -> bool:
     """On a CPU: whether a pass keeps its activations instead of computing them again, at a third of the speed."""
-    per_layer = CPU_HIDDEN * shape.hidden + CPU_MLP * shape.intermediate
-    return 4 * per_layer * shape.layers * tokens <= free_bytes / 4
+    per_layer = CPU_HIDDEN * hidden + CPU_MLP * intermediate
+    return 4 * per_layer * layers * tokens <= free_bytes / 4
 
 
 def rows_per_step(spec: CptSpec | IftSpec) -> int:
@@ -267,5 +267,7 @@ def _of_batch(
     spec: CptSpec | IftSpec, shape: Shape, batch: int, free: int, longest_row: int, device: Device, frozen: int
 ) -> Estimate:
     tokens = batch * longest_row
-    checkpointing = device == "cuda" or not keeps_activations(shape, tokens, free)
+    checkpointing = device == "cuda" or not keeps_activations(
+        shape.hidden, shape.intermediate, shape.layers, tokens, free
+    )
     return estimate(spec, shape, tokens, device=device, checkpointing=checkpointing, frozen_adapter_bytes=frozen)

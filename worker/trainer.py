@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import EarlyStoppingCallback, Trainer, TrainerState
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
 from unsloth import UnslothTrainer, UnslothTrainingArguments, is_bfloat16_supported
 
 from service.specs import CptSpec, IftSpec
@@ -24,7 +24,7 @@ from worker.checkpoints import (
     trainable_part,
 )
 from worker.files import replace_folder, write_json
-from worker.model import load_weights, on_gpu
+from worker.model import load_weights, offload_originals, on_gpu
 from worker.outcome import Ask, Interrupted, Progress
 from worker.passes import Capacity, collate, passes_of, trained_tokens
 from worker.reporter import Reporter
@@ -262,6 +262,13 @@ class LorryTrainer(UnslothTrainer):  # type: ignore[misc, unused-ignore]
         load_weights(self.model, trainable_part(best))
 
 
+class OriginalsOffDevice(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    """What accelerate has put onto the GPU with the rest of the model, and no pass reads, goes off it again."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        offload_originals(model)
+
+
 def train(trainer: LorryTrainer, spec: CptSpec | IftSpec, progress: Progress, checkpoints: Path) -> Ask | None:
     """Train from the newest whole checkpoint, or from the start. Returns what ended it early, after a checkpoint, or None."""
     for leftover in checkpoints.glob(f"{STAGING}.*"):
@@ -270,6 +277,7 @@ def train(trainer: LorryTrainer, spec: CptSpec | IftSpec, progress: Progress, ch
         trainer.add_callback(EarlyStoppingCallback(spec.training.early_stopping_patience))
     present = checkpoints_in(checkpoints)
     last = max(present, default=None)
+    trainer.add_callback(OriginalsOffDevice())
     reporter = Reporter(progress, trainer, present[last] if last is not None else None)
     trainer.add_callback(reporter)
     if last is not None:
