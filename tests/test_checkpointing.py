@@ -9,8 +9,8 @@ from transformers import LlamaConfig
 
 from benchmarks.training.overhead import SHAPES
 from service.specs import CptSpec, parse_spec
-from worker.checkpointing import SMALLEST_PASS, choose
-from worker.memory import GIB
+from worker.checkpointing import choose
+from worker.memory import GIB, SMALLEST_PASS
 
 
 def spec(**training: Any) -> CptSpec:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -270,21 +272,55 @@ def test_a_client_that_leaves_ends_it_and_a_token_is_in_no_command_line(
     assert until(lambda: served.app.state.dry_runs.running == 0)
 
 
-def test_it_ends_at_its_time_limit_and_no_more_run_at_once_than_allowed(host: Host, tiny_base: Path, rows: str) -> None:
+def test_it_ends_at_its_time_limit(host: Host, tiny_base: Path, rows: str) -> None:
     before = children()
     spec = cpt_spec(tiny_base, adapter=unique(), dataset={"file_id": rows})
-    limited = host.settings.model_copy(update={"dry_run_seconds": 0.2, "dry_runs": 1})
-    with serve(limited) as api:
+    with serve(host.settings.model_copy(update={"dry_run_seconds": 0.2})) as api:
         answer = api.http.post("/v1/jobs/dry-run", json=spec)
         assert (answer.status_code, error_of(answer)["code"]) == (503, "dry_run_timeout")
         assert children() <= before
-        api.app.state.dry_runs.running = 1  # as if one were under way
+
+
+def test_no_more_run_at_once_than_allowed(host: Host, tiny_base: Path, rows: str) -> None:
+    spec = cpt_spec(tiny_base, adapter=unique(), dataset={"file_id": rows})
+    with serve(host.settings.model_copy(update={"dry_runs": 1})) as api, ThreadPoolExecutor(1) as pool:
+        api.http.timeout = httpx.Timeout(300)
+        first = pool.submit(api.http.post, "/v1/jobs/dry-run", json=spec)
+        assert until(lambda: api.app.state.dry_runs.running == 1)
         answer = api.http.post("/v1/jobs/dry-run", json=spec)
         assert (answer.status_code, error_of(answer)["code"]) == (503, "dry_runs_busy")
         assert answer.headers["retry-after"]
+        assert first.result().json()["ok"] is True
+        assert api.app.state.dry_runs.running == 0
     with serve(host.settings.model_copy(update={"dry_runs": 0})) as api:
         answer = api.http.post("/v1/jobs/dry-run", json=spec)
         assert (answer.status_code, error_of(answer)["code"]) == (503, "dry_run_unavailable")
+
+
+# Where the data is
+
+
+def test_an_upload_in_an_object_store_is_fetched_as_a_job_would_and_postgres_keeps_no_lock(
+    make_settings: Callable[..., Settings], tiny_base: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    settings = make_settings(
+        data_dir=f"file://{tmp_path / 'store'}",
+        cache_dir=tmp_path / "cache",
+        database_url=new_database("postgres", tmp_path, request),
+    )
+    with host_on(settings, tmp_path / "worker.log"), serve(settings) as api:
+        api.http.timeout = httpx.Timeout(300)
+        with open(texts(tmp_path / "cpt.jsonl", n=100), "rb") as file:
+            sent = api.http.post("/v1/files", files={"file": file}, data={"purpose": "fine-tune"}).json()
+        shutil.rmtree(settings.data_dir / "files", ignore_errors=True)  # as on another host: the store alone has it
+        report = ask(api, cpt_spec(tiny_base, adapter=unique(), dataset={"file_id": sent["id"]}))
+        assert report["ok"] is True
+        assert report["data"]["rows"] == 100
+        assert api.http.delete(f"/v1/files/{sent['id']}").status_code == 200
+        gone = api.http.post(
+            "/v1/jobs/dry-run", json=cpt_spec(tiny_base, adapter=unique(), dataset={"file_id": sent["id"]})
+        )
+        assert (gone.status_code, error_of(gone)["code"]) == (404, "file_not_found")
 
 
 # What comes after a training

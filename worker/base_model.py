@@ -67,7 +67,8 @@ def unpack_builtin(models_dir: Path) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (target / "config.json").is_file():
             staging = models_dir / f".{BUILTIN}.{os.getpid()}"
-            shutil.rmtree(staging, ignore_errors=True)
+            for left in models_dir.glob(f".{BUILTIN}.[0-9]*"):  # by processes that were killed; the lock is ours
+                shutil.rmtree(left, ignore_errors=True)
             try:
                 _convert(_gguf_file(), staging)
                 os.replace(staging, target)

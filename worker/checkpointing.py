@@ -10,11 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from service.specs import CptSpec, IftSpec
-from worker.memory import CONTEXT_BYTES, GIB, NoEstimate, Shape, estimate, keeps_activations
-
-SMALLEST_PASS = 4096  # tokens; below, the GPU is not filled and the weights are dequantised too often
-STEP = 1024
-ROOM = 0.85  # of what is free: the allocator loses some between its blocks, and an engine beside the job wants some
+from worker.memory import GIB, NoEstimate, Shape, estimate, keeps_activations, pass_without
 
 
 @dataclass(frozen=True)
@@ -44,23 +40,11 @@ def choose(spec: CptSpec | IftSpec, config: Any, longest: int, free: int, *, gpu
         )
         return Checkpointing(not kept, None, "" if kept else "activations would take a quarter of the free memory")
     full = rows * (window if spec.training.packing is not False else longest)
-    least = max(longest, min(full, SMALLEST_PASS))
     try:
         shape = Shape.of(config)
-        tokens = largest_pass(spec, shape, full, least, int(ROOM * free)) or least
+        tokens = pass_without(spec, shape, full, longest, free)
         found = estimate(spec, shape, tokens, checkpointing=False).bytes
     except NoEstimate as reason:
         return Checkpointing(False, None, str(reason))
     why = f"passes of {tokens} tokens: about {found / GIB:.1f} GiB of {free / GIB:.1f} free"
     return Checkpointing(False, tokens if tokens < full else None, why)
-
-
-def largest_pass(spec: CptSpec | IftSpec, shape: Shape, most: int, least: int, free: int) -> int | None:
-    """Tokens of the largest pass that fits without checkpointing, from `least` to `most`; None if not even `least` does.
-
-    Raises NoEstimate for target modules that the shape does not have.
-    """
-    for tokens in (most, *range((most - 1) // STEP * STEP, least - 1, -STEP), least):
-        if estimate(spec, shape, tokens, checkpointing=False).bytes + CONTEXT_BYTES["cuda"] <= free:
-            return int(tokens)
-    return None

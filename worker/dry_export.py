@@ -11,7 +11,6 @@ import torch
 
 from service.errors import JobFailure
 from service.specs import ExportSpec
-from service.storage import open_storage
 from worker import adapter_io
 from worker.base_model import resolve
 from worker.export import gguf_lora, llama_cpp
@@ -48,17 +47,14 @@ class Silent:
 
 def export_report(request: Request, token: str | None, held: ExitStack) -> dict[str, Any]:
     """`export`, `disk` and `memory` of the report. Raises JobFailure where the export would."""
-    from worker.dry_run import disk_of
+    from worker.dry_run import disk_of, use
 
     spec = request.spec
     assert isinstance(spec, ExportSpec)
-    if request.parent is None:
+    adapter = use(request, held, request.parent, "adapter_not_found", "the files of its adapter are gone")
+    if adapter is None:
         why = f"the adapter {request.awaits!r} is still to be made by a job in `after`"
         return {"export": {"format": spec.format, "why": why}}
-    try:
-        adapter = held.enter_context(open_storage(request.settings).using(request.parent))
-    except FileNotFoundError as error:
-        raise JobFailure("adapter_not_found", f"the files of its adapter are gone: {error}") from error
     base = resolve(request.base, request.settings)
     about = json.loads((adapter / "lorry_adapter.json").read_text("utf-8"))
     probe: list[list[int]] = json.loads((adapter / adapter_io.PROBE).read_text("utf-8"))

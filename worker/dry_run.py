@@ -1,7 +1,8 @@
 """What a job would do, without doing it: `python -m worker.dry_run`, a child of the API (service/jobs/dry_run.py).
 
-One request as JSON on stdin, one report as JSON on stdout, the hub token in HF_TOKEN. No database, no weights loaded, no
-folder made; data is read and checked by the code that a job's is, so that what it says is what the job will say.
+One request as JSON on stdin, one report as JSON on stdout, the hub token in HF_TOKEN. No database, no weights loaded; data
+is read and checked by the code that a job's is, so that what it says is what the job will say. What it leaves is what is
+kept anyway: the hub's cache, the cache of an object store, the unpacked built-in base.
 """
 
 from __future__ import annotations
@@ -79,9 +80,9 @@ def _training(
     base = resolve(request.base, settings)
     hub: dict[str, Any] = {"token": token, "trust_remote_code": settings.trust_remote_code}
     config = _config(base, spec, hub)  # before the data: it costs little and the rest needs it
-    file = _use(request, held, request.file, "dataset.file_id: the file's bytes are gone")
-    eval_file = _use(request, held, request.eval_file, "dataset.eval_file_id: the file's bytes are gone")
-    parent = _use(request, held, request.parent, "the files of its adapter are gone")
+    file = use(request, held, request.file, "invalid_data", "dataset.file_id: the file's bytes are gone")
+    eval_file = use(request, held, request.eval_file, "invalid_data", "dataset.eval_file_id: the file's bytes are gone")
+    parent = use(request, held, request.parent, "adapter_not_found", "the files of its adapter are gone")
     tokenizer = load_tokenizer(base, spec.model, **hub)
     data = prepare(spec, tokenizer, file=file, eval_file=eval_file, token=token)
     report["data"] = {**data.report, "fingerprint": data.fingerprint}
@@ -128,14 +129,17 @@ def _config(base: str, spec: CptSpec | IftSpec, hub: dict[str, Any]) -> Any:
         raise JobFailure("model_not_found", f"model {spec.model.name}: {str(error).splitlines()[0]}") from error
 
 
-def _use(request: Request, held: ExitStack, where: str | None, gone: str) -> Path | None:
-    """A thing of the data root on this machine until the report is made. Raises JobFailure and StorageUnavailable."""
+def use(request: Request, held: ExitStack, where: str | None, code: str, gone: str) -> Path | None:
+    """A thing of the data root on this machine until the report is made, as worker.workspace has it for a run.
+
+    Raises JobFailure and StorageUnavailable.
+    """
     if where is None:
         return None
     try:
         return held.enter_context(open_storage(request.settings).using(where))
     except FileNotFoundError as error:
-        raise JobFailure("invalid_data", f"{gone}: {error}") from error
+        raise JobFailure(code, f"{gone}: {error}") from error
 
 
 def _steps(spec: CptSpec | IftSpec, batch: int, accumulation: int, data: dict[str, Any]) -> dict[str, Any]:

@@ -61,6 +61,9 @@ WIDE_CHUNK_ROWS = 2048
 CONTEXT_BYTES = {"cuda": GIB // 2, "cpu": GIB}  # CUDA's own memory and kernels; Python and its libraries
 # What is left free: the estimate's own error (docs/hardware.md), and what the allocator loses between its blocks.
 MARGIN = 0.15
+# Without checkpointing, tokens: of the smallest pass (below, the GPU is not filled, and the weights are dequantised too
+# often), and the step in which sizes are tried; and how much of the free memory is used.
+SMALLEST_PASS, PASS_STEP, ROOM = 4096, 1024, 0.85
 CPU_BATCH = 8  # the most that "auto" takes on a CPU, where a larger pass is no faster
 STEP_ROWS = 8  # rows of a pass that "auto" stands for when rows a step are counted: the field's default
 
@@ -209,6 +212,18 @@ def keeps_activations(hidden: int, intermediate: int, layers: int, tokens: int, 
     return 4 * per_layer * layers * tokens <= free_bytes / 4
 
 
+def pass_without(spec: CptSpec | IftSpec, shape: Shape, most: int, longest_row: int, free_bytes: int) -> int:
+    """Tokens of the largest pass, `most` at most, that fits a GPU without checkpointing; if none does, of the smallest.
+
+    The smallest is SMALLEST_PASS, or the longest row if that is longer. Raises NoEstimate.
+    """
+    least = max(longest_row, min(most, SMALLEST_PASS))
+    for tokens in (most, *range((most - 1) // PASS_STEP * PASS_STEP, least, -PASS_STEP)):
+        if estimate(spec, shape, tokens, checkpointing=False).bytes + CONTEXT_BYTES["cuda"] <= ROOM * free_bytes:
+            return int(tokens)
+    return least
+
+
 def rows_per_step(spec: CptSpec | IftSpec) -> int:
     """Rows of one optimiser step, as asked: with a batch of "auto", 8 × gradient_accumulation_steps."""
     batch = spec.training.per_device_train_batch_size
@@ -267,6 +282,9 @@ def _of_batch(
     spec: CptSpec | IftSpec, shape: Shape, batch: int, free: int, longest_row: int, device: Device, frozen: int
 ) -> Estimate:
     tokens = batch * longest_row
+    if device == "cuda" and spec.training.gradient_checkpointing is False:
+        tokens = pass_without(spec, shape, tokens, longest_row, free)
+        return estimate(spec, shape, tokens, checkpointing=False, frozen_adapter_bytes=frozen)
     checkpointing = device == "cuda" or not keeps_activations(
         shape.hidden, shape.intermediate, shape.layers, tokens, free
     )
