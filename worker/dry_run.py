@@ -93,8 +93,6 @@ def _training(
     contained = beside.stat().st_size if beside else 0
     frozen = contained if mode == "stack" else 0
     budget = budget_of(spec.resources.gpus, request.device)
-    if spec.training.per_device_train_batch_size == "auto" and budget.free_bytes is None:
-        spec = with_batch(spec, memory.STEP_ROWS, spec.training.gradient_accumulation_steps)
     try:
         shape = Shape.of(config)
         if missing := shape.missing(spec.lora.target_modules):
@@ -102,6 +100,7 @@ def _training(
             raise JobFailure(
                 "invalid_spec", f"lora.target_modules: no module named {', '.join(missing)}; the model has {there}"
             )
+        spec = _settled(spec, shape, budget, frozen)
         longest = data.report["longest"]
         chosen = memory.plan(spec, shape, budget.room, longest, device=budget.device, frozen_adapter_bytes=frozen)
     except NoEstimate as reason:
@@ -117,6 +116,20 @@ def _training(
     }
     report["memory"] = _memory(chosen, budget)
     report["disk"] = _disk(spec, settings, chosen.estimate, report["steps"]["total"], contained)
+
+
+def _settled(spec: CptSpec | IftSpec, shape: Shape, budget: Budget, frozen: int) -> CptSpec | IftSpec:
+    """With a number in place of a batch of "auto", as worker.auto_batch takes it: for rows of max_seq_length.
+
+    The default where nobody knows the device. Raises NoEstimate.
+    """
+    if spec.training.per_device_train_batch_size != "auto":
+        return spec
+    if budget.free_bytes is None:
+        return with_batch(spec, memory.STEP_ROWS, spec.training.gradient_accumulation_steps)
+    window = spec.model.max_seq_length
+    chosen = memory.plan(spec, shape, budget.room, window, device=budget.device, frozen_adapter_bytes=frozen)
+    return with_batch(spec, chosen.batch, chosen.accumulation)
 
 
 def _config(base: str, spec: CptSpec | IftSpec, hub: dict[str, Any]) -> Any:
