@@ -101,7 +101,13 @@ def test_pre_training_learns_the_same_in_two_processes(tiny_base: Path, tmp_path
     spec = cpt_spec(
         tiny_base,
         lora={"train_embeddings": True},
-        training={"max_steps": -1, "num_train_epochs": 2, "eval_steps": 5, "load_best_model_at_end": True, "save_steps": 5},
+        training={
+            "max_steps": -1,
+            "num_train_epochs": 2,
+            "eval_steps": 5,
+            "load_best_model_at_end": True,
+            "save_steps": 5,
+        },
     )
     one = run_recipe(with_accumulation(spec, 2), tmp_path / "one", file=file)
     two = run_recipe(with_accumulation(spec, 1), tmp_path / "two", file=file, devices=TWO)

@@ -58,9 +58,7 @@ def run(spec: Any, context: Context, devices: list[str]) -> Outcome:
 
     Returns rank 0's outcome. Raises JobFailure, Interrupted and Fenced; no process is left then.
     """
-    task = Task(
-        spec.model_dump(mode="json"), devices, context.paths, context.settings, context.about, context.token
-    )
+    task = Task(spec.model_dump(mode="json"), devices, context.paths, context.settings, context.about, context.token)
     with tempfile.TemporaryDirectory(prefix="lorry-ranks-") as logs, _Server(task, context.progress) as server:
         exits = _launch(server, len(devices), Path(logs))
         return _settle(server.ended, exits, devices, Path(logs))
@@ -119,7 +117,7 @@ class _Server:
 
 
 def _launch(server: _Server, size: int, logs: Path) -> dict[int, int]:
-    """Start the ranks and wait until they have ended, all of them killed if one fails. Returns exit codes of those that failed."""
+    """Start the ranks and wait until they have ended, all of them if one fails. Returns the exit codes of those that failed."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch

@@ -110,7 +110,9 @@ def _run(task: Task, connection: Connection, rank: int, size: int, host: str, po
     device = task.devices[rank]
     os.environ["CUDA_VISIBLE_DEVICES"] = "" if device == "cpu" else device
     if rank:  # Unsloth writes Python modules there
-        os.environ["UNSLOTH_COMPILE_LOCATION"] = str(task.settings.data_dir.absolute() / f"unsloth_compiled_cache.{rank}")
+        os.environ["UNSLOTH_COMPILE_LOCATION"] = str(
+            task.settings.data_dir.absolute() / f"unsloth_compiled_cache.{rank}"
+        )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     hide(task.token)
     prepare_process(task.settings)
