@@ -11,6 +11,7 @@ import pytest
 
 from service.gpus import check_gpus, gpus_of
 from service.settings import Settings
+from tests.conftest import new_database
 from tests.recipes import cpt_spec, texts
 from tests.worker_kit import Host, child_of, gone, host_on, kill
 
@@ -18,8 +19,9 @@ WORKER = ("-m", "service.cli", "worker", "--gpus", "cpu,cpu", "--queues", "gpu")
 
 
 @pytest.fixture
-def host(make_settings: Callable[..., Settings], tmp_path: Path) -> Iterator[Host]:
-    settings = make_settings(heartbeat_seconds=0.5, heartbeat_timeout_seconds=4, shutdown_seconds=30)
+def host(request: pytest.FixtureRequest, make_settings: Callable[..., Settings], tmp_path: Path) -> Iterator[Host]:
+    url = new_database("sqlite", tmp_path, request)
+    settings = make_settings(database_url=url, heartbeat_seconds=0.5, heartbeat_timeout_seconds=4, shutdown_seconds=30)
     with host_on(settings, tmp_path / "worker.log") as made:
         yield made
 
@@ -44,11 +46,11 @@ def test_a_job_pauses_loses_a_rank_and_succeeds(host: Host, spec: dict[str, Any]
     job = host.submit(spec)
     with host.worker(*WORKER) as process:
         host.step(job, 5)
-        jobs.pause(host.db, host.settings, job)
+        jobs.pause(host.db, host.queue, job)
         host.status(job, "paused", "failed")
         paused_at = host.job(job).progress["step"]
         assert paused_at < 60
-        jobs.resume(host.db, host.queue, host.settings, job)
+        jobs.resume(host.db, host.queue, job)
         host.step(job, 25)
         ranks = ranks_of(child_of(process))
         assert len(ranks) == 2

@@ -28,6 +28,7 @@ from worker.run import describe
 log = logging.getLogger("lorry.worker")
 MODULE = "worker.rank"
 PORT, KEY, PARENT = "LORRY_RANK_PORT", "LORRY_RANK_KEY", "LORRY_RANK_PARENT"
+_AGENTS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # torchrun's agent sets handlers for these
 LAST_LINES, LAST_CHARACTERS = 8, 1500
 
 
@@ -122,6 +123,7 @@ def _launch(server: _Server, size: int, logs: Path) -> dict[int, int]:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    logging.getLogger("torchelastic-events-null").setLevel(logging.WARNING)
     # Rank 0 writes into the job's log, as the one process of another job does; the others' last words are read from files.
     redirects = {rank: Std.ALL if rank else Std.NONE for rank in range(size)}
     config = LaunchConfig(
@@ -135,17 +137,16 @@ def _launch(server: _Server, size: int, logs: Path) -> dict[int, int]:
         max_restarts=0,
         monitor_interval=0.1,
         logs_specs=DefaultLogsSpecs(str(logs), redirects=redirects),
-        signals_to_handle="SIGTERM",
-        shutdown_timeout=10,
     )
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in _AGENTS}
     os.environ.update(server.environment)
     try:
         elastic_launch(config, sys.executable)("-m", MODULE)
     except ChildFailedError as error:
         return {rank: failure.exitcode for rank, failure in error.failures.items()}
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         for name in server.environment:
             del os.environ[name]
     return {}
