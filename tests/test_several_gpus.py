@@ -202,4 +202,4 @@ def test_bad_data_fails_as_in_one_process(tiny_base: Path, tmp_path: Path) -> No
     with pytest.raises(JobFailure) as caught:
         run_recipe(cpt_spec(tiny_base), tmp_path, file=file, devices=TWO)
     assert caught.value.code == "invalid_data"
-    assert "LORRY_RANK_KEY" not in os.environ
+    assert "LORRY_RANK_SOCKET" not in os.environ

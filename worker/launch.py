@@ -1,7 +1,7 @@
 """A recipe in several processes, one a device: torchrun's agent starts and watches them, here their Progress is served.
 
 The processes (worker/rank.py) are given spec and context over a socket, and rank 0 reports over it. So SQL, the data root
-and what is asked of the run stay with the job's process, which loads no model. Loopback, with a key of this run's own.
+and what is asked of the run stay with the job's process, which loads no model.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -24,10 +25,11 @@ from service.jobs.repository import Fenced
 from service.settings import Settings
 from worker.outcome import Context, Interrupted, Outcome, Paths
 from worker.run import describe
+from worker.tasks import classify
 
 log = logging.getLogger("lorry.worker")
 MODULE = "worker.rank"
-PORT, KEY, PARENT = "LORRY_RANK_PORT", "LORRY_RANK_KEY", "LORRY_RANK_PARENT"
+SOCKET, PARENT = "LORRY_RANK_SOCKET", "LORRY_RANK_PARENT"
 _AGENTS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # torchrun's agent sets handlers for these
 LAST_LINES, LAST_CHARACTERS = 8, 1500
 
@@ -51,7 +53,7 @@ class Ended:
     outcome: Outcome | None = None
     ask: Any = None  # Interrupted
     fenced: bool = False
-    failure: tuple[str, str, list[dict[str, Any]], bool] | None = None  # a JobFailure's code, message, rows, retry
+    failure: JobFailure | None = None
 
 
 def run(spec: Any, context: Context, devices: list[str]) -> Outcome:
@@ -60,32 +62,27 @@ def run(spec: Any, context: Context, devices: list[str]) -> Outcome:
     Returns rank 0's outcome. Raises JobFailure, Interrupted and Fenced; no process is left then.
     """
     task = Task(spec.model_dump(mode="json"), devices, context.paths, context.settings, context.about, context.token)
-    with tempfile.TemporaryDirectory(prefix="lorry-ranks-") as logs, _Server(task, context.progress) as server:
-        exits = _launch(server, len(devices), Path(logs))
-        return _settle(server.ended, exits, devices, Path(logs))
+    with tempfile.TemporaryDirectory(prefix="lorry-ranks-") as name:  # nobody else may enter it
+        folder = Path(name)
+        with _Server(folder / "socket", task, context.progress) as server:
+            exits = _launch({SOCKET: str(folder / "socket"), PARENT: str(os.getpid())}, len(devices), folder)
+        return _settle(server.ended, exits, devices, folder)
 
 
 class _Server:
     """Hands the task to each rank that calls, and does on the Progress what rank 0 says."""
 
-    def __init__(self, task: Task, progress: Any) -> None:
+    def __init__(self, path: Path, task: Task, progress: Any) -> None:
         self.task, self.progress = task, progress
-        self.key = secrets.token_hex(32)
         self.ended: dict[int, Ended] = {}  # by rank, in the order in which they said so
-        self.listener = Listener(("127.0.0.1", 0), backlog=len(task.devices), authkey=self.key.encode())
-        self.threads = [threading.Thread(target=self._accept, daemon=True)]
+        self.listener = Listener(str(path), "AF_UNIX", backlog=len(task.devices))
 
     def __enter__(self) -> _Server:
-        self.threads[0].start()
+        threading.Thread(target=self._accept, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.listener.close()
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """Where the ranks find this; not on their command line, which everybody can read."""
-        return {PORT: str(self.listener.address[1]), KEY: self.key, PARENT: str(os.getpid())}
 
     def _accept(self) -> None:
         for _ in self.task.devices:
@@ -93,9 +90,7 @@ class _Server:
                 connection = self.listener.accept()
             except OSError:  # closed: the run is over
                 return
-            thread = threading.Thread(target=self._serve, args=(connection,), daemon=True)
-            self.threads.append(thread)
-            thread.start()
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def _serve(self, connection: Connection) -> None:
         with suppress(EOFError, OSError), connection:  # a rank that dies; the agent says how
@@ -114,10 +109,10 @@ class _Server:
                     connection.send((None, Ended(fenced=True)))
                 except Exception as error:
                     log.exception("the run's progress could not be stored")
-                    connection.send((None, Ended(failure=("internal_error", repr(error), [], True))))
+                    connection.send((None, Ended(failure=classify(error))))
 
 
-def _launch(server: _Server, size: int, logs: Path) -> dict[int, int]:
+def _launch(environment: dict[str, str], size: int, logs: Path) -> dict[int, int]:
     """Start the ranks and wait until they have ended, all of them if one fails. Returns the exit codes of those that failed."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -131,15 +126,17 @@ def _launch(server: _Server, size: int, logs: Path) -> dict[int, int]:
         max_nodes=1,
         nproc_per_node=size,
         run_id=secrets.token_hex(8),
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
+        # Not c10d, as --standalone has it: it keeps pickles in a store that listens on all of the host's addresses.
+        rdzv_backend="static",
+        rdzv_endpoint=f"127.0.0.1:{_free_port()}",
+        rdzv_configs={"rank": 0},
         local_addr="127.0.0.1",
         max_restarts=0,
         monitor_interval=0.1,
         logs_specs=DefaultLogsSpecs(str(logs), redirects=redirects),
     )
     handlers = {number: signal.getsignal(number) for number in _AGENTS}
-    os.environ.update(server.environment)
+    os.environ.update(environment)
     try:
         elastic_launch(config, sys.executable)("-m", MODULE)
     except ChildFailedError as error:
@@ -147,9 +144,16 @@ def _launch(server: _Server, size: int, logs: Path) -> dict[int, int]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        for name in server.environment:
+        for name in environment:
             del os.environ[name]
     return {}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def _settle(ended: dict[int, Ended], exits: dict[int, int], devices: list[str], logs: Path) -> Outcome:
@@ -160,11 +164,12 @@ def _settle(ended: dict[int, Ended], exits: dict[int, int], devices: list[str], 
     if first.ask:
         raise Interrupted(first.ask)
     failures = {rank: end.failure for rank, end in ended.items() if end.failure}
-    known = [f for f in failures.values() if f[0] != "internal_error"]
+    known = [f for f in failures.values() if f.code != "internal_error"]
     silent = [rank for rank in exits if rank not in ended]
+    for rank in {*failures, *silent} - {0}:  # what rank 0 prints is in the job's log already
+        log.error("rank %d%s", rank, _last_words(logs, rank))
     if known or (failures and not silent):
-        code, message, rows, retry = known[0] if known else next(iter(failures.values()))
-        raise JobFailure(code, message, rows, retry=retry)
+        raise known[0] if known else next(iter(failures.values()))
     if silent:
         rank = silent[0]
         status = -exits[rank] if exits[rank] < 0 else exits[rank] << 8

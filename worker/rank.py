@@ -16,11 +16,13 @@ from typing import Any
 from service.jobs.repository import Fenced
 from service.logs import hide
 from service.specs import parse_spec
-from worker.launch import KEY, PARENT, PORT, Ended, Task
+from worker.launch import PARENT, SOCKET, Ended, Task
 from worker.outcome import Ask, Context, Interrupted
+from worker.tasks import RECIPES, classify, prepare_process
 
 log = logging.getLogger("lorry.worker")
-_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
+_TORCHRUN += ("GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME")
 
 
 class Remote:
@@ -34,7 +36,7 @@ class Remote:
             self.connection.send((name, arguments))
             value, ended = self.connection.recv()
             if ended is not None:
-                raise Fenced if ended.fenced else RuntimeError(ended.failure[1])
+                raise Fenced if ended.fenced else ended.failure
             return value
 
         return call
@@ -68,7 +70,7 @@ class Silent:
 def main() -> None:
     """Ask for the task, do this rank's part of it, say how it ended. Exit status 0 if the recipe came to an end."""
     rank, size, host, port = _identity()
-    with Client(("127.0.0.1", int(os.environ.pop(PORT))), authkey=os.environ.pop(KEY).encode()) as connection:
+    with Client(os.environ.pop(SOCKET), "AF_UNIX") as connection:
         connection.send(rank)
         task: Task = connection.recv()
         try:
@@ -79,11 +81,8 @@ def main() -> None:
         except Fenced:
             ended = Ended(fenced=True)
         except Exception as error:
-            from worker.tasks import classify
-
             traceback.print_exc()
-            failure = classify(error)
-            ended = Ended(failure=(failure.code, failure.message, failure.rows, failure.retry))
+            ended = Ended(failure=classify(error))
         connection.send(ended)
         connection.recv()
     if ended.ask or ended.fenced or ended.failure:
@@ -93,8 +92,8 @@ def main() -> None:
 def _identity() -> tuple[int, int, str, int]:
     """Rank, size and the store's address, as torchrun says them. Other libraries are not to find them: to each of them
     this is the only process, with one device."""
-    values = {name: os.environ.pop(name) for name in _TORCHRUN}
-    for name in [n for n in os.environ if n.startswith(("TORCHELASTIC_", "ROLE_", "GROUP_"))]:
+    values = {name: os.environ.pop(name, "") for name in _TORCHRUN}
+    for name in [n for n in os.environ if n.startswith("TORCHELASTIC_")]:
         del os.environ[name]
     if sys.platform == "linux":  # torchrun gives each rank a session of its own: no signal to a group reaches it
         parent = int(os.environ.pop(PARENT))
@@ -105,8 +104,6 @@ def _identity() -> tuple[int, int, str, int]:
 
 
 def _run(task: Task, connection: Connection, rank: int, size: int, host: str, port: int) -> Any:
-    from worker.tasks import RECIPES, prepare_process
-
     device = task.devices[rank]
     os.environ["CUDA_VISIBLE_DEVICES"] = "" if device == "cpu" else device
     if rank:  # Unsloth writes Python modules there
@@ -115,6 +112,7 @@ def _run(task: Task, connection: Connection, rank: int, size: int, host: str, po
         )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     hide(task.token)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # what is agreed on stays on this host
     prepare_process(task.settings)
     spec = parse_spec(task.spec)
     if spec.kind != "export":
