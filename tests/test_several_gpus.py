@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,12 @@ def test_an_error_at_one_is_the_runs_and_not_what_the_others_make_of_it(
         run_recipe(cpt_spec(tiny_base), tmp_path, file=file, devices=TWO)
     assert caught.value.code == "internal_error"
     assert not ranks_left()
+
+
+def test_a_failure_is_the_same_in_another_process() -> None:
+    failure = JobFailure("invalid_data", "bad rows", [{"row": 3}], retry=True)
+    other = pickle.loads(pickle.dumps(failure))
+    assert (other.body(), other.retry, str(other)) == (failure.body(), True, "bad rows")
 
 
 def test_bad_data_fails_as_in_one_process(tiny_base: Path, tmp_path: Path) -> None:
