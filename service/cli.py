@@ -12,6 +12,7 @@ import sys
 from pydantic import ValidationError
 
 from service import __version__, operations
+from service.gpus import check_gpus
 from service.logs import configure
 from service.queue_names import needs_of
 from service.settings import Settings, get_settings
@@ -31,6 +32,12 @@ def main(argv: list[str] | None = None) -> None:
         type=_queues,
         metavar="LIST",
         help="which ones: auto, any, cpu, gpu, pool:NAME, separated by commas (default: LORRY_WORKER_QUEUES)",
+    )
+    worker.add_argument(
+        "--gpus",
+        type=_gpus,
+        metavar="LIST",
+        help="GPUs that this worker owns, as CUDA_VISIBLE_DEVICES names them, e.g. 0,1 (default: LORRY_GPUS)",
     )
     commands.add_parser("engine", help="serve the generation engine")
     migrating = commands.add_parser("migrate", help="bring the database to the newest revision")
@@ -60,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         # service never imports worker: `lorry api` must not bring torch in, and a static import would let it. These two
         # commands are the worker's, and hand over to it by name.
         case "worker":
-            importlib.import_module("worker.run").main(arguments.queues)
+            importlib.import_module("worker.run").main(arguments.queues, arguments.gpus)
         case "engine":
             importlib.import_module("worker.engine.server").main()
         case "migrate":
@@ -162,6 +169,13 @@ def _queues(text: str) -> str:
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text
+
+
+def _gpus(text: str) -> str:
+    try:
+        return check_gpus(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _workers(text: str) -> int:

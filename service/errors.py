@@ -118,5 +118,8 @@ class JobFailure(Exception):
         self.rows = [dict(r) for r in rows]
         self.retry = retry
 
+    def __reduce__(self) -> tuple[Any, ...]:  # it passes between the processes of a job on several GPUs
+        return type(self), (self.code, self.message, self.rows), {"retry": self.retry}
+
     def body(self) -> dict[str, Any]:
         return {"code": self.code, "message": self.message, "rows": self.rows}

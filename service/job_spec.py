@@ -34,13 +34,15 @@ class ResourcesSpec(Spec):
 
     gpus: Gpus = Field(
         None,
-        description="1: only a worker for jobs that need a GPU; 0: a worker for jobs that need none; "
-        "null: a worker for jobs that need nothing in particular, which on a GPU host has one.",
+        description="1 or more: only a worker for jobs that need a GPU; 0: a worker for jobs that need none; "
+        "null: a worker for jobs that need nothing in particular, which on a GPU host has one. "
+        "A training on several GPUs takes per_device_train_batch_size × gradient_accumulation_steps rows a step on each; "
+        "a worker that owns fewer fails the job.",
     )
     pool: PoolName | None = Field(
         None,
         description="Only workers told to serve the pool of this name (LORRY_WORKER_QUEUES=pool:NAME); "
-        "with it, gpus decides nothing.",
+        "with it, gpus does not decide who takes the job.",
     )
 
 

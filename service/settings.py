@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SecretsSettingsSource, SettingsConfigDict
 
+from service.gpus import check_gpus
 from service.queue_names import needs_of
 
 _SECRETS_DIR = "/run/secrets"
@@ -58,6 +59,10 @@ class Settings(BaseSettings):
     worker_queues: str = Field(
         "auto",
         description="Jobs that a worker takes, by need: any, cpu, gpu, pool:NAME, separated by commas, the first ones first; auto: any and cpu, and before them gpu where there is an NVIDIA GPU.",
+    )
+    gpus: str = Field(
+        "auto",
+        description="GPUs that a worker owns, as CUDA_VISIBLE_DEVICES names them, separated by commas: a job takes the first ones, as many as its resources.gpus says. auto: all there are. cpu,cpu: as many processes without a GPU, to try jobs of several on a machine that has none.",
     )
     engine_url: str = Field(
         "http://127.0.0.1:8322",
@@ -252,6 +257,11 @@ class Settings(BaseSettings):
     def _check_worker_queues(cls, text: str) -> str:
         needs_of(text, gpu=False)
         return text
+
+    @field_validator("gpus")
+    @classmethod
+    def _check_gpus(cls, text: str) -> str:
+        return check_gpus(text)
 
     @property
     def sqlalchemy_url(self) -> str:

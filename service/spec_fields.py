@@ -80,12 +80,14 @@ def check_metadata(metadata: dict[str, str]) -> dict[str, str]:
 Metadata = Annotated[dict[str, str], AfterValidator(check_metadata)]
 
 
+MAX_GPUS = 64
+
+
 def check_gpus(gpus: Any) -> Any:
-    """Refuse, in plain words, what will be possible one day. Raises ValueError."""
-    if isinstance(gpus, bool):  # which would be taken for 0 or 1
-        raise ValueError("0, 1 or null")
-    if isinstance(gpus, int) and gpus > 1:
-        raise ValueError("a job runs on one GPU at most for now: 0, 1 or null")
+    """Accept a number of GPUs. Raises ValueError."""
+    # True would be taken for 1, "1" and 1.0 too.
+    if gpus is not None and (isinstance(gpus, bool) or not isinstance(gpus, int) or not 0 <= gpus <= MAX_GPUS):
+        raise ValueError(f"a whole number from 0 to {MAX_GPUS}, or null")
     return gpus
 
 
@@ -96,7 +98,9 @@ def check_pool_name(name: str) -> str:
     return name
 
 
-Gpus = Annotated[Literal[0, 1] | None, BeforeValidator(check_gpus)]
+Gpus = Annotated[
+    int | None, BeforeValidator(check_gpus, json_schema_input_type=Annotated[int, Field(ge=0, le=MAX_GPUS)] | None)
+]
 PoolName = Annotated[str, AfterValidator(check_pool_name)]
 Priority = Literal["high", "normal", "low"]
 BatchSize = Literal["auto"] | Annotated[int, Field(ge=1, le=4096)]

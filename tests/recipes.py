@@ -152,8 +152,12 @@ def run_recipe(
     file: Path | None = None,
     parent: Path | None = None,
     ask_at: tuple[int, Ask] | None = None,
+    devices: list[str] | None = None,
 ) -> Run:
-    """Run a spec's recipe in `folder` (again, to go on from its checkpoints) and return how it went."""
+    """Run a spec's recipe in `folder` (again, to go on from its checkpoints) and return how it went.
+
+    With `devices` in a process for each, else in this one.
+    """
     spec = dict(spec)
     base = spec["model"]["name"] if "model" in spec else str(spec.pop("base"))  # an export's base is its adapter's
     parsed = parse_spec(spec)
@@ -163,6 +167,10 @@ def run_recipe(
     progress = Recorder(ask_at=ask_at)
     about = {"base": base, "kind": spec["kind"], "job": "job_x", "name": spec["adapter"], "lineage": {}}
     context = Context(paths=paths, progress=progress, settings=settings, about=about, token=None)
+    if devices:
+        from worker import launch
+
+        return Run(launch.run(parsed, context, devices), progress, paths)
     module = {"cpt": "worker.cpt", "ift": "worker.ift", "export": "worker.export.job"}[spec["kind"]]
     if spec["kind"] != "export":
         importlib.import_module("unsloth")

@@ -294,10 +294,11 @@ def test_a_job_that_no_worker_takes_is_told_of(sqlite_api: Api) -> None:
 @pytest.mark.parametrize(
     ("changes", "code", "param", "says"),
     [
-        ({"resources": {"gpus": 2}}, "invalid_value", "resources.gpus", "one GPU at most"),
-        ({"resources": {"gpus": -1}}, "invalid_value", "resources.gpus", "0 or 1"),
-        ({"resources": {"gpus": True}}, "invalid_value", "resources.gpus", "0, 1 or null"),
-        ({"resources": {"gpus": "1"}}, "invalid_value", "resources.gpus", "0 or 1"),
+        ({"resources": {"gpus": 65}}, "invalid_value", "resources.gpus", "from 0 to 64"),
+        ({"resources": {"gpus": -1}}, "invalid_value", "resources.gpus", "from 0 to 64"),
+        ({"resources": {"gpus": True}}, "invalid_value", "resources.gpus", "from 0 to 64"),
+        ({"resources": {"gpus": "1"}}, "invalid_value", "resources.gpus", "or null"),
+        ({"resources": {"gpus": 1.5}}, "invalid_value", "resources.gpus", "whole number"),
         ({"resources": {"pool": "Big GPUs"}}, "invalid_value", "resources.pool", "small letters"),
         ({"resources": {"pool": "a" * 41}}, "invalid_value", "resources.pool", "1 to 40"),
         ({"resources": {"pool": ""}}, "invalid_value", "resources.pool", "1 to 40"),

@@ -55,6 +55,8 @@ def fit(spec: CptSpec | IftSpec, build: Build, tokenizer: Any, data: Prepared, c
     trained = train_and_save(spec, build, tokenizer, data, context)
     if not isinstance(trained, Trained):
         return Outcome(trained)
+    if not context.ranks.first:
+        return Outcome("done")
     path, result = context.paths.out_dir, trained.result
     try:
         # Only what was read back counts.
@@ -112,6 +114,7 @@ def train_and_save(
     args = trainers.training_arguments(
         spec,
         paths.run_dir,
+        context.ranks,
         has_eval=data.eval is not None,
         resuming=trainers.is_resuming(context.checkpoints),
         checkpointing=build.checkpointing.used,
@@ -128,6 +131,7 @@ def train_and_save(
         capacity=capacity,
         eval_capacity=eval_capacity,
         narrowed=narrowed,
+        ranks=context.ranks,
     )
     groups = check_optimizer(trainer, spec)
     used = str(getattr(args.optim, "value", args.optim))
@@ -136,6 +140,7 @@ def train_and_save(
             **counts,
             "optimizer": {"asked": spec.training.optim, "used": used, "groups": groups},
             "device": record.device(),
+            "processes": context.ranks.size,
             "versions": record.versions(),
             "compute": models.compute_types(model, args),
             "gradient_checkpointing": {
@@ -150,12 +155,17 @@ def train_and_save(
     check(progress)
 
     progress.phase("training")
+    context.ranks.join((p.data for p in model.parameters() if p.requires_grad), data.fingerprint)
     progress.started()
     asked = trainers.train(trainer, spec, progress, context.checkpoints)
     if asked:
+        context.ranks.leave()
         return asked
     result = {**trainers.final_losses(trainer), **counts, "tokens": trainer.tokens}
     result["data_fingerprint"] = data.fingerprint
+    context.ranks.leave()
+    if not context.ranks.first:
+        return Trained(result, probe[0], torch.empty(0))
 
     progress.phase("saving")
     with whole_folder(paths.out_dir) as folder:

@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 
 from service.errors import JobFailure
 from service.settings import Settings
+from worker.ranks import ALONE, Ranks
 
 Ask = Literal["pause", "cancel", "stop"]
 
@@ -70,6 +71,7 @@ class Context:
     settings: Settings
     about: dict[str, Any]  # written beside the weights as lorry_adapter.json
     token: str | None = field(repr=False)  # opens gated hub repositories, and those that are pushed to
+    ranks: Ranks = ALONE  # who trains together
 
     @property
     def checkpoints(self) -> Path:

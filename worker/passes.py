@@ -36,6 +36,16 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"row_lengths": torch.tensor(lengths), "input_ids": ids, "labels": labels, "lengths": lengths}
 
 
+def take(step: dict[str, Any], rows: Sequence[int]) -> dict[str, Any]:
+    """Some rows of a collated step, collated; there may be none."""
+    if len(rows) == len(step["lengths"]):
+        return step
+    lengths = [step["lengths"][i] for i in rows]
+    parts = {k: step[k].split(step["lengths"]) for k in ("input_ids", "labels")}
+    taken = {k: torch.cat([part[i] for i in rows]) if rows else step[k][:0] for k, part in parts.items()}
+    return {"row_lengths": torch.tensor(lengths), **taken, "lengths": lengths}
+
+
 @dataclass
 class Capacity:
     """How much one pass takes: `tokens` where rows are packed, `rows` where they are padded. Shrinks, never grows."""
@@ -46,6 +56,8 @@ class Capacity:
 
     def split(self, lengths: Sequence[int]) -> list[range]:
         """The rows of each pass, in order: as few passes as possible, and of those the least full ones."""
+        if not lengths:
+            return []
         if not self.packed:
             return [range(at, min(at + self.rows, len(lengths))) for at in range(0, len(lengths), self.rows)]
         fewest = len(_fill(lengths, self.tokens))

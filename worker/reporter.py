@@ -13,6 +13,8 @@ from worker.checkpoints import describe_checkpoints
 from worker.model import on_gpu
 from worker.outcome import Ask, Interrupted, Progress
 
+ASKS: tuple[Ask | None, ...] = (None, "pause", "cancel", "stop")
+
 
 class Reporter(TrainerCallback):  # type: ignore[misc, unused-ignore]
     """Metrics, progress and checkpoints of a LorryTrainer to Progress; pause, cancel and stop from it, at the end of the step."""
@@ -61,6 +63,8 @@ class Reporter(TrainerCallback):  # type: ignore[misc, unused-ignore]
         )
 
     def on_prediction_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.trainer.evaluated % self.trainer.ranks.size:
+            return  # of the ranks, which have a batch each, some are not here yet
         self._ask(control)
         if self.ended:
             raise Interrupted(self.ended)  # an evaluation may be long; the step before it is whole
@@ -99,7 +103,8 @@ class Reporter(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self.progress.checkpoints(describe_checkpoints(Path(args.output_dir)))
 
     def _ask(self, control: TrainerControl) -> None:
-        self.ended = self.ended or self.progress.asked()
+        if not self.ended:  # rank 0 hears it, and all end at the same step
+            self.ended = ASKS[self.trainer.ranks.of_first(ASKS.index(self.progress.asked()))]
         if self.ended:
             self.trainer.asked = True
             control.should_save = control.should_training_stop = True

@@ -23,6 +23,7 @@ from rq.utils import now
 from sqlalchemy.exc import SQLAlchemyError
 
 from service.db import Database
+from service.gpus import CPU, gpus_of
 from service.jobs import repository
 from service.jobs.states import ACTIVE
 from service.logs import belonging, configure
@@ -61,7 +62,8 @@ class LorryWorker(Worker):  # type: ignore[misc, unused-ignore]
         # minutes, its child unwatched.
         retry = Retry(ConstantBackoff(0.5), 1)
         connection = Redis.from_url(settings.redis_url, health_check_interval=30, retry=retry)
-        needs = needs_of(settings.worker_queues, gpu=sees_gpu())
+        owns_gpu = sees_gpu() and CPU not in gpus_of(settings.gpus)
+        needs = needs_of(settings.worker_queues, gpu=owns_gpu)
         super().__init__(
             # RQ takes from the first of its queues that has an entry: the order is the priority.
             [Queue(queue, connection=connection, default_timeout=-1) for queue in queues_of(settings.queue, needs)],
@@ -267,11 +269,13 @@ def oom_kills() -> int | None:
         return None
 
 
-def main(queues: str | None = None) -> None:
+def main(queues: str | None = None, gpus: str | None = None) -> None:
     """`lorry worker`: run until told to stop. SIGTERM and SIGINT let the running job checkpoint and go back to the queue.
 
-    `queues` goes before LORRY_WORKER_QUEUES.
+    `queues` goes before LORRY_WORKER_QUEUES, `gpus` before LORRY_GPUS.
     """
+    if gpus is not None:
+        os.environ["LORRY_GPUS"] = gpus  # where the jobs' processes look
     settings = Settings() if queues is None else Settings(worker_queues=queues)
     configure(settings, "worker")
     if not is_current(settings.sqlalchemy_url):

@@ -35,6 +35,7 @@ from service.reconcile import after_end
 from service.settings import Settings
 from service.specs import CptSpec, ExportSpec, IftSpec, parse_spec
 from service.storage import Storage, StorageUnavailable, open_storage
+from worker.devices import take_devices
 from worker.gpu_share import GpuShare, owner_of_child
 from worker.outcome import Context, Interrupted, Outcome, Paths
 from worker.progress import SqlProgress, finite, persist
@@ -102,13 +103,15 @@ def execute(
     storage = workspace.storage
     spec = parse_spec(row.spec)
     progress.phase("starting")
+    devices = take_devices(spec, settings)
     prepare_process(settings)
     token = hub_token(queue, row.id)
     if spec.push_to_hub:
         importlib.import_module("worker.push").prepare(spec.push_to_hub, token, progress, settings.job_dir(row.id))
-    if row.kind != "export":
+    if row.kind != "export" and len(devices) < 2:
         importlib.import_module("unsloth")  # before transformers, trl and peft, which it patches
-    limit_gpu(settings)
+    if len(devices) < 2:  # of several, each process limits itself
+        limit_gpu(settings)
     from worker.base_model import resolve
 
     with db.read() as session:
@@ -142,13 +145,14 @@ def execute(
         "lineage": row.lineage,
     }
     context = Context(paths=paths, progress=progress, settings=settings, about=about, token=token)
-    recipe = importlib.import_module(RECIPES[row.kind])
+    several = len(devices) > 1
+    recipe = importlib.import_module("worker.launch" if several else RECIPES[row.kind])
     # What was imported stays. Without this each full collection, of which Unsloth asks for many, walks half a million
     # objects and holds the interpreter meanwhile, and the heartbeat with it.
     gc.freeze()
     if not isinstance(spec, ExportSpec):
         spec = importlib.import_module("worker.auto_batch").settle_batch(spec, context)
-    outcome: Outcome = recipe.run(spec, context)
+    outcome: Outcome = recipe.run(spec, context, devices) if several else recipe.run(spec, context)
     if storage.remote and outcome.ended == "done":
         progress.phase("storing")
     workspace.keep_result(outcome, paths.out_dir, row.kind)

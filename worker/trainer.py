@@ -26,7 +26,8 @@ from worker.checkpoints import (
 from worker.files import replace_folder, write_json
 from worker.model import load_weights, offload_originals, on_gpu
 from worker.outcome import Ask, Interrupted, Progress
-from worker.passes import Capacity, collate, passes_of, trained_tokens
+from worker.passes import Capacity, collate, passes_of, take, trained_tokens
+from worker.ranks import ALONE, Ranks
 from worker.reporter import Reporter
 
 SaveAdapter = Callable[[Path, int], None]  # (folder, step): write the adapter as it is now
@@ -34,7 +35,7 @@ Narrowed = Callable[[str, Capacity, str], None]  # ("training" | "evaluation", w
 
 
 def training_arguments(
-    spec: CptSpec | IftSpec, run_dir: Path, *, has_eval: bool, resuming: bool, checkpointing: bool
+    spec: CptSpec | IftSpec, run_dir: Path, ranks: Ranks, *, has_eval: bool, resuming: bool, checkpointing: bool
 ) -> UnslothTrainingArguments:
     """TrainingArguments of a spec. The names are the same; what is added here is said why."""
     t = spec.training
@@ -43,8 +44,8 @@ def training_arguments(
     return UnslothTrainingArguments(
         embedding_learning_rate=t.embedding_learning_rate if spec.lora.train_embeddings else None,
         output_dir=str(run_dir / "checkpoints"),
-        # All rows of a step at once: LorryTrainer splits them into passes itself (worker/passes.py).
-        per_device_train_batch_size=t.per_device_train_batch_size * t.gradient_accumulation_steps,
+        # All rows of a step at once: LorryTrainer deals them out to the ranks and into passes itself (worker/passes.py).
+        per_device_train_batch_size=t.per_device_train_batch_size * t.gradient_accumulation_steps * ranks.size,
         per_device_eval_batch_size=t.per_device_eval_batch_size,
         gradient_accumulation_steps=1,
         # transformers 5: a float below 1 is a ratio, and 1 or more a number of steps.
@@ -74,7 +75,7 @@ def training_arguments(
         fp16=on_gpu() and not bf16 and spec.model.dtype != "float32",
         gradient_checkpointing=checkpointing,
         prediction_loss_only=True,
-        report_to=["tensorboard"],
+        report_to=["tensorboard"] if ranks.first else [],
         disable_tqdm=True,
         remove_unused_columns=True,
         max_length=None,  # rows are cut before they come here
@@ -97,10 +98,13 @@ class LorryTrainer(UnslothTrainer):  # type: ignore[misc, unused-ignore]
         capacity: Capacity,
         eval_capacity: Capacity,
         narrowed: Narrowed,
+        ranks: Ranks,
         **kwargs: Any,
     ) -> None:
         super().__init__(data_collator=collate, **kwargs)
         self.capacity, self.eval_capacity, self.narrowed = capacity, eval_capacity, narrowed
+        self.ranks = ranks
+        self.evaluated = 0  # batches of the evaluation under way
         self.save_adapter = save_adapter
         self.fence = fence  # raises Fenced if another run has the job and writes to the same folder
         self.evaluation_due = False  # the step's evaluation was interrupted
@@ -121,20 +125,33 @@ class LorryTrainer(UnslothTrainer):  # type: ignore[misc, unused-ignore]
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward for all rows of a step. Returns the mean loss of their trained tokens."""
+        own = take(inputs, self.ranks.share(inputs["lengths"]))
 
         def compute() -> torch.Tensor:
-            passes = list(passes_of(inputs, self.capacity, self.processing_class.pad_token_id))
-            losses = [super(LorryTrainer, self).training_step(model, each, num_items_in_batch) for each in passes]
+            passes = list(passes_of(own, self.capacity, self.processing_class.pad_token_id))
+            with self.ranks.own_randomness(self.args.seed + self.state.global_step):
+                losses = [super(LorryTrainer, self).training_step(model, each, num_items_in_batch) for each in passes]
+            if not losses:  # the last step of an epoch may have fewer rows than there are ranks
+                return torch.zeros((), device=self.args.device)
             return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
 
-        loss = self._within_memory(compute, "training", self.capacity, inputs["lengths"])
+        loss = self._within_memory(compute, "training", self.capacity, own["lengths"], self.ranks)
+        if self.ranks.size > 1:  # each has its rows' part of the mean over all of the step's tokens
+            trainable = [p for p in self.model.parameters() if p.requires_grad]
+            for parameter in trainable:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            self.ranks.add_up([loss, *(p.grad for p in trainable)])
         self.tokens += sum(inputs["lengths"])
         return loss
 
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[torch.Tensor, None, None]:
-        """The mean loss of a batch's trained tokens, in as many passes as the memory wants."""
+        """The mean loss of a batch's trained tokens, in as many passes as the memory wants; 0 for another rank's batch."""
+        self.evaluated += 1
+        if (self.evaluated - 1) % self.ranks.size != self.ranks.rank:
+            return torch.zeros((), device=self.args.device), None, None
 
         def compute() -> torch.Tensor:
             passes = list(passes_of(inputs, self.eval_capacity, self.processing_class.pad_token_id))
@@ -144,23 +161,36 @@ class LorryTrainer(UnslothTrainer):  # type: ignore[misc, unused-ignore]
                 return losses[0]
             return sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
 
-        return self._within_memory(compute, "evaluation", self.eval_capacity, inputs["lengths"]), None, None
+        return self._within_memory(compute, "evaluation", self.eval_capacity, inputs["lengths"], ALONE), None, None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate, each rank every size-th batch: the mean over all batches is the sum of the ranks' means."""
+        self.evaluated = 0
+        output = super().evaluation_loop(*args, **kwargs)
+        for name in [name for name in output.metrics if name.endswith("_loss")]:
+            output.metrics[name] = self.ranks.total(output.metrics[name])
+        return output
 
     def _within_memory(
-        self, compute: Callable[[], torch.Tensor], what: str, capacity: Capacity, lengths: list[int]
+        self, compute: Callable[[], torch.Tensor], what: str, capacity: Capacity, lengths: list[int], ranks: Ranks
     ) -> torch.Tensor:
         """Run `compute`; where the GPU's memory does not bear it, halve the passes and run it from its start.
 
-        A step begins without gradients, so that one begun anew counts nothing twice. Raises torch.OutOfMemoryError if
-        one row alone is too much.
+        A step begins without gradients, so that one begun anew counts nothing twice; `ranks` begin it anew together.
+        Raises torch.OutOfMemoryError if one row alone is too much.
         """
         while True:
+            reason = ""
             try:
-                return compute()
+                result = compute()
             except torch.OutOfMemoryError as error:
                 reason = str(error).splitlines()[0]
                 if not capacity.halve(lengths):
                     raise
+            if not ranks.anyone(bool(reason)):
+                return result
+            reason = next(filter(None, ranks.gather(reason)))
+            capacity.rows, capacity.tokens = ranks.least([capacity.rows, capacity.tokens])
             # Out here the error is gone, and with it the frames that held the pass's tensors.
             self.model.zero_grad(set_to_none=True)
             gc.collect()
@@ -181,6 +211,11 @@ class LorryTrainer(UnslothTrainer):  # type: ignore[misc, unused-ignore]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write the checkpoint beside its place, sync, rename, then delete the oldest beyond the limit."""
+        if self.ranks.first:
+            self._write_checkpoint(model, trial)
+        self.ranks.wait()  # who reads it next must find it whole
+
+    def _write_checkpoint(self, model: Any, trial: Any) -> None:
         final_root = self.args.output_dir
         name = f"checkpoint-{self.state.global_step}"
         target, staging_root = Path(final_root) / name, self.staging
@@ -271,7 +306,7 @@ class OriginalsOffDevice(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
 def train(trainer: LorryTrainer, spec: CptSpec | IftSpec, progress: Progress, checkpoints: Path) -> Ask | None:
     """Train from the newest whole checkpoint, or from the start. Returns what ended it early, after a checkpoint, or None."""
-    for leftover in checkpoints.glob(f"{STAGING}.*"):
+    for leftover in checkpoints.glob(f"{STAGING}.*") if trainer.ranks.first else ():
         shutil.rmtree(leftover, ignore_errors=True)
     if spec.training.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(spec.training.early_stopping_patience))
@@ -295,7 +330,8 @@ def train(trainer: LorryTrainer, spec: CptSpec | IftSpec, progress: Progress, ch
             trainer.train(resume_from_checkpoint=str(present[last]) if last is not None else None)
     except Interrupted:
         trainer.evaluation_due = True
-        if trainer.state.global_step and trainer.state.global_step not in checkpoints_in(checkpoints):
+        step = trainer.state.global_step
+        if trainer.ranks.of_first(step > 0 and step not in checkpoints_in(checkpoints)):
             trainer._save_checkpoint(trainer.model, None)
             reporter.on_save(trainer.args, trainer.state, trainer.control)
     return reporter.ended
