@@ -143,6 +143,15 @@ def test_a_chosen_batch_keeps_the_rows_of_a_step(served: Api, tiny_base: Path, r
     assert (steps["rows_per_step"], steps["per_device_train_batch_size"]) == (16, 8)
 
 
+def test_on_several_gpus_each_takes_the_rows_of_one(served: Api, tiny_base: Path, rows: str) -> None:
+    alone, both = (
+        ask(served, cpt_spec(tiny_base, adapter=unique(), dataset={"file_id": rows}, resources={"gpus": gpus}))["steps"]
+        for gpus in (1, 2)
+    )
+    assert both["rows_per_step"] == 2 * alone["rows_per_step"]
+    assert both["per_epoch"] < alone["per_epoch"]
+
+
 # Data
 
 

@@ -41,7 +41,7 @@ def budget_of(gpus: int | None, last: dict[str, Any] | None) -> Budget:
         name, free = _smi()
         return Budget("cuda", name, free, "this host")
     on_gpu = last is not None and last.get("type") == "cuda"
-    if gpus != 0 and (on_gpu or gpus == 1):
+    if gpus != 0 and (on_gpu or gpus):
         if last is None or not on_gpu:
             return Budget("cuda", None, None, "unknown: no run on this base has told of its GPU")
         return Budget("cuda", last.get("name"), last.get("memory_bytes"), "the device of the newest run on this base")

@@ -158,11 +158,12 @@ def use(request: Request, held: ExitStack, where: str | None, code: str, gone: s
 def _steps(spec: CptSpec | IftSpec, batch: int, accumulation: int, data: dict[str, Any]) -> dict[str, Any]:
     """Steps as transformers counts them: the last one of an epoch may have fewer rows. `tokens` without padding."""
     training = spec.training
-    per_epoch = max(1, math.ceil(math.ceil(data["train_rows"] / batch) / accumulation))
+    rows = batch * accumulation * max(1, spec.resources.gpus or 1)
+    per_epoch = max(1, math.ceil(data["train_rows"] / rows))
     total = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * per_epoch)
     epochs = total / per_epoch
     return {
-        "rows_per_step": batch * accumulation,
+        "rows_per_step": rows,
         "per_device_train_batch_size": batch,
         "gradient_accumulation_steps": accumulation,
         "per_epoch": per_epoch,
