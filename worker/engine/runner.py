@@ -76,6 +76,7 @@ class ModelRunner:
         # A chunk is long enough to use the device and short enough not to be felt by running streams.
         self.max_step_tokens = max(256 if self.device.type == "cpu" else 2048, settings.engine_max_batch)
         use = self.device.type == "cuda" if kernels is None else kernels
+        self._graphs = self._released = False  # whether steps are captured; whether they have been given up
         self._gpu = self._gpu_steps(settings) if use else None
         log.info(
             "base %s in %s on %s: %d cache blocks of %d tokens (%.0f MiB), up to %d tokens a request",
@@ -118,12 +119,28 @@ class ModelRunner:
             log.warning("%s is served without the engine's own kernels, far slower: %s", self.name, error)
             return None
         if self.device.type == "cuda" and settings.engine_cuda_graphs:
-            try:
-                steps.capture()
-            except RuntimeError as error:
-                log.warning("%s is served without CUDA graphs: %s", self.name, error)
-                torch.cuda.synchronize()
+            self._graphs = self._capture(steps)
         return steps
+
+    def _capture(self, steps: GpuSteps) -> bool:
+        try:
+            steps.capture()
+        except RuntimeError as error:
+            log.warning("%s is served without CUDA graphs: %s", self.name, error)
+            torch.cuda.synchronize()
+        return steps.captured
+
+    def release_graphs(self) -> None:
+        """Let weights, adapters and cache move or go: nothing here refers to where they are. The next step takes all back."""
+        if self._gpu is not None:
+            self._gpu.release()
+            self._released = True
+
+    def _restore_graphs(self, steps: GpuSteps) -> None:
+        self._released = False
+        steps.prepare()
+        if self._graphs:
+            self._graphs = self._capture(steps)
 
     def runs_ahead(self, requests: list[Request]) -> bool:
         """Whether a step of these can be launched from tokens that are still on the device."""
@@ -135,6 +152,8 @@ class ModelRunner:
 
         `previous`, where `runs_ahead` allows it, has the step's tokens, which the requests do not have yet.
         """
+        if self._gpu is not None and self._released:
+            self._restore_graphs(self._gpu)
         if self._gpu is not None and self._gpu.accepts(step):
             return self._gpu.run(step, previous)
         # Decodes first, as the cache wants them; neighbours of the same adapter share a segment.

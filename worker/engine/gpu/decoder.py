@@ -36,19 +36,33 @@ class Projection:
         self.widths = tuple(int(m.out_features) for m in modules)
         self.weight: torch.Tensor | None = None
         self.bias: torch.Tensor | None = None
+        self._joined = False
         if all(type(m) is nn.Linear for m in modules) and len({m.bias is None for m in modules}) == 1:
             self._join()
 
     def _join(self) -> None:
-        if len(self.modules) == 1:
-            self.weight, self.bias = self.modules[0].weight, self.modules[0].bias
+        if len(self.modules) > 1:
+            weight = torch.cat([m.weight.detach() for m in self.modules])
+            for module, rows in zip(self.modules, weight.split(self.widths), strict=True):
+                module.weight = nn.Parameter(rows, requires_grad=False)
+        self._joined = True
+        self.bind()
+
+    def bind(self) -> None:
+        """Find the weights again after they have been moved; the modules' own are what was moved."""
+        if not self._joined:
             return
-        weight = torch.cat([m.weight.detach() for m in self.modules])
-        for module, rows in zip(self.modules, weight.split(self.widths), strict=True):
-            module.weight = nn.Parameter(rows, requires_grad=False)
-        self.weight = weight
+        first = self.modules[0].weight.detach()
+        whole = torch.empty(0, dtype=first.dtype, device=first.device)
+        self.weight = whole.set_(
+            first.untyped_storage(), first.storage_offset(), (sum(self.widths), first.shape[1]), (first.shape[1], 1)
+        )
         if self.modules[0].bias is not None:
             self.bias = torch.cat([m.bias.detach() for m in self.modules])
+
+    def unbind(self) -> None:
+        """Hold no memory but the modules'."""
+        self.weight = self.bias = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[rows, in] → [rows, sum of widths]."""
@@ -119,6 +133,10 @@ class Decoder:
             gate_up=self._projection(f"{name}.mlp", mlp, "gate_proj", "up_proj"),
             down=self._projection(f"{name}.mlp", mlp, "down_proj"),
         )
+
+    @property
+    def projections(self) -> list[Projection]:
+        return [p for layer in self.layers for p in (layer.qkv, layer.o, layer.gate_up, layer.down)]
 
     def _projection(self, parent: str, module: Any, *names: str) -> Projection:
         made = Projection([f"{parent}.{n}" for n in names], [getattr(module, n) for n in names], len(self.sites))

@@ -57,6 +57,11 @@ class AdapterSlots:
             found[adapter] = slot
         return found
 
+    def forget(self) -> None:
+        """Hold no adapter: theirs have been moved, or will be."""
+        self._owners.clear()
+        self._slots.clear()
+
     def _free(self, taken: set[int]) -> int:
         if len(self._owners) < self.capacity:
             return len(self._owners)

@@ -56,12 +56,31 @@ class GpuSteps:
         outside = {n for n, m in model.named_modules() if m is self.embed or m is bank.head}
         self.slots = AdapterSlots(self.decoder.sites, outside, max_adapters + max_batch, weight.dtype, self.device)
         self._check()
-        width = -(-max_positions // cache.block_size)
-        self.hidden = torch.zeros(max_batch, weight.shape[0], dtype=weight.dtype, device=self.device)
         self.sizes = plan.buckets(max_batch)
-        self.buckets = {n: _Bucket(n, max_adapters, width, self.device) for n in self.sizes}
+        self._max_adapters, self._width = max_adapters, -(-max_positions // cache.block_size)
         self._beside = torch.cuda.Stream() if self.device.type == "cuda" else None
         self.captured = False
+        self._allocate()
+
+    def _allocate(self) -> None:
+        weight = self.decoder.base.norm.weight
+        self.hidden = torch.zeros(self.sizes[-1], weight.shape[0], dtype=weight.dtype, device=self.device)
+        self.buckets = {n: _Bucket(n, self._max_adapters, self._width, self.device) for n in self.sizes}
+
+    def release(self) -> None:
+        """Give up what is tied to addresses of weights, adapters and cache, which may then move. `prepare` takes it again."""
+        self.captured = False
+        self.buckets = {}
+        self.hidden = torch.empty(0)
+        self.slots.forget()
+        for projection in self.decoder.projections:
+            projection.unbind()
+
+    def prepare(self) -> None:
+        """Undo `release`, but for the graphs."""
+        for projection in self.decoder.projections:
+            projection.bind()
+        self._allocate()
 
     def accepts(self, step: list[Scheduled]) -> bool:
         """Whether the kernels can serve every adapter of the step."""
