@@ -75,7 +75,7 @@ def test_bfloat16_logits_are_those_of_the_path_without_kernels_within_rounding(
             logits.append(rows)
     assert exact is not None
     errors = [float((each - exact).norm() / exact.norm()) for each in logits]
-    assert errors[0] < 1.2 * errors[1] + 1e-4, errors
+    assert errors[0] < 1.5 * errors[1], errors
 
 
 def first_logits(runner: ModelRunner, requests: list[Request]) -> torch.Tensor:

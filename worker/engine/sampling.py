@@ -38,7 +38,7 @@ class Chosen:
             self._ready.synchronize()
         known: list[int] = self._known.tolist()
         logprobs = _logprobs(self._raw, self.tokens, known, self.requests)
-        return [Sampled(None if t < 0 else t, l) for t, l in zip(known, logprobs, strict=True)]
+        return [Sampled(None if t < 0 else t, p) for t, p in zip(known, logprobs, strict=True)]
 
 
 def sample(logits: torch.Tensor, requests: list[Request]) -> list[Sampled]:

@@ -53,7 +53,7 @@ class BlockPool:
 
     def release(self, request: Request) -> None:
         self._free.extend(reversed(request.blocks))
-        request.blocks.clear()
+        request.blocks = []  # a new list: whoever remembers the old one's blocks sees that they are others
 
 
 class WaitingQueue:

@@ -5,6 +5,7 @@ log-sum-exp (flash-decoding, Dao et al. 2023); the query heads of a group share 
 run tiles of queries over the cache (FlashAttention-2, Dao 2023), the chunk's own keys included.
 """
 
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
 from __future__ import annotations
 
 import torch

@@ -4,6 +4,7 @@ Each takes the update that the step's adapters make to the product before it and
 alone (owner -1) have no update and their part of it is never read.
 """
 
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
 from __future__ import annotations
 
 import torch

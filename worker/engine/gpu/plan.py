@@ -56,6 +56,11 @@ def query_tiles(chunks: Sequence[tuple[int, int, int]], height: int) -> list[tup
     ]
 
 
+# Whose blocks a row of a table holds, and how many: a request's list is its own, and only ever grows.
+Written = tuple[list[int], int]
+_NO_BLOCKS: list[int] = []
+
+
 @dataclass(frozen=True)
 class Shape:
     """Sizes of a step's arrays."""
@@ -76,7 +81,7 @@ class Shape:
             "slots": (self.rows,),  # cache slots, -1 for padding
             "owners": (self.rows,),  # adapter slots, -1 for the base
             "lengths": (self.decodes,),  # 0 for padding
-            # Rows whose next token is wanted; of decodes, all, and here stand the rows of the step before them that they continue.
+            # Rows whose next token is wanted. Of decodes it is all; then the rows, in the step before, that they go on from.
             "samples": (self.samples,),
             "lora_tiles": (self.lora_tiles, 3),
             "query_tiles": (self.query_tiles, 4),
@@ -123,12 +128,10 @@ def is_decode(s: Scheduled) -> bool:
     return s.count == 1 and s.start > 0
 
 
-def fill_decodes(
-    arrays: Arrays, step: list[Scheduled], owners: list[int], page: int, tables: list[tuple[int, int]]
-) -> None:
+def fill_decodes(arrays: Arrays, step: list[Scheduled], owners: list[int], page: int, tables: list[Written]) -> None:
     """Write decodes, row by row, into NumPy arrays of at least as many rows; rows beyond become padding.
 
-    `tables` is what the rows of the block tables hold already, as (id of the request, blocks): a row that is right is left.
+    `tables` is what the rows of the block tables hold already: a row that is right is left.
     """
     n, rows = len(step), arrays.ids.shape[0]
     ids, positions, slots = [], [], []
@@ -139,12 +142,11 @@ def fill_decodes(
         ids.append(token[0] if token else 0)  # not known yet: it comes from the device
         positions.append(at)
         slots.append(blocks[at // page] * page + at % page)
-        held = (id(request), len(blocks))
         if row >= len(tables):
-            tables.append((0, 0))
-        if tables[row] != held:
+            tables.append((_NO_BLOCKS, 0))
+        if tables[row][0] is not blocks or tables[row][1] != len(blocks):
             arrays.tables[row, : len(blocks)] = blocks
-            tables[row] = held
+            tables[row] = (blocks, len(blocks))
     arrays.ids[:n], arrays.positions[:n], arrays.slots[:n], arrays.owners[:n] = ids, positions, slots, owners
     arrays.lengths[:n] = arrays.positions[:n]
     arrays.lengths[:n] += 1

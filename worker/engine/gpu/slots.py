@@ -25,22 +25,25 @@ class AdapterSlots:
         self.addresses = torch.zeros(capacity, 2, len(sites), dtype=torch.int64, device=device)
         self.ranks = torch.zeros(capacity, len(sites), dtype=torch.int32, device=device)
         self.scalings = torch.zeros(capacity, len(sites), dtype=torch.float32, device=device)
-        self._known = {*sites, *outside}
+        self._inside, self._outside = frozenset(sites), outside
+        self._fit: weakref.WeakKeyDictionary[AdapterWeights, bool] = weakref.WeakKeyDictionary()
         self._dtype = dtype
         # Weak: an adapter that was evicted and has no request left gives its memory back.
-        self._owners: OrderedDict[int, weakref.ref[AdapterWeights]] = (
-            OrderedDict()
-        )  # by slot, least recently used first
+        # By slot, least recently used first.
+        self._owners: OrderedDict[int, weakref.ref[AdapterWeights]] = OrderedDict()
         self._slots: weakref.WeakKeyDictionary[AdapterWeights, int] = weakref.WeakKeyDictionary()
 
     def fits(self, weights: AdapterWeights | None) -> bool:
         """Whether the kernels can serve it: no trained bias, a rank they take, products they know."""
         if weights is None:
             return True
-        return not weights.bias and all(
-            name in self._known and (name not in self.sites or (p.b.shape[1] <= MAX_RANK and p.a.dtype == self._dtype))
-            for name, p in weights.pairs.items()
-        )
+        if (known := self._fit.get(weights)) is None:
+            known = self._fit[weights] = not weights.bias and all(
+                name in self._outside
+                or (name in self._inside and p.b.shape[1] <= MAX_RANK and p.a.dtype == self._dtype)
+                for name, p in weights.pairs.items()
+            )
+        return known
 
     def assign(self, adapters: list[AdapterWeights | None]) -> dict[AdapterWeights, int]:
         """Slots for all the adapters of a step, the new ones written to the table. Distinct ones are at most `capacity`."""
@@ -49,9 +52,9 @@ class AdapterSlots:
         for slot in taken:
             self._owners.move_to_end(slot)
         found: dict[AdapterWeights, int] = {}
-        for adapter, slot in wanted.items():
-            if slot is None:
-                slot = self._free(taken)
+        for adapter, held in wanted.items():
+            slot = self._free(taken) if held is None else held
+            if held is None:
                 self._write(slot, adapter)
                 taken.add(slot)
             found[adapter] = slot

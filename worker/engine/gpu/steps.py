@@ -35,7 +35,7 @@ class _Bucket:
         pin = device.type == "cuda"
         # Two: the next step is written while the copy of the one before may still wait in the stream.
         self.host = [torch.zeros(self.shape.size, dtype=torch.int32, pin_memory=pin) for _ in range(2)]
-        self.written: list[list[tuple[int, int]]] = [[], []]  # what the rows of their block tables hold
+        self.written: list[list[plan.Written]] = [[], []]  # what the rows of their block tables hold
         self.turn = 0
         self.graphs: dict[bool, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
 
@@ -127,20 +127,15 @@ class GpuSteps:
             bucket = self.buckets[rows]
         bucket.turn = turn = 1 - bucket.turn
         host = bucket.shape.views(bucket.host[turn].numpy())
-        if previous is None:  # anything may have happened since
-            bucket.written[0].clear()
-            bucket.written[1].clear()
-        else:
+        if previous is not None:
             host.samples[:n] = [previous.rows[id(s.request)] for s in step]
         plan.fill_decodes(host, step, owners, self.cache.block_size, bucket.written[turn])
         if tiles:
             host.lora_tiles[: len(tiles)] = tiles
         host.lora_tiles[len(tiles) :] = -1
         bucket.block.copy_(bucket.host[turn], non_blocking=True)
-        if previous is None:
-            ids = bucket.arrays.ids[:n]
-        else:
-            ids = previous.tokens.index_select(0, bucket.arrays.samples[:n])
+        a = bucket.arrays
+        ids = a.ids[:n] if previous is None else previous.tokens.index_select(0, a.samples[:n])
         self.hidden[:n] = self._embed(ids, step)
         if (found := bucket.graphs.get(bool(tiles))) is not None:
             graph, out = found
@@ -150,8 +145,13 @@ class GpuSteps:
         return self._head(out[:n], step)
 
     def _layers(self, bucket: _Bucket, with_lora: bool) -> torch.Tensor:
-        lora = Lora(self.slots, plan.DECODE_TILE, self._beside) if with_lora else None
+        lora = self._lora(plan.DECODE_TILE, bucket.arrays, self._beside) if with_lora else None
         return self.decoder.forward(self.hidden[: bucket.shape.rows], bucket.arrays, lora)
+
+    def _lora(self, tile_rows: int, arrays: plan.Arrays, beside: torch.cuda.Stream | None = None) -> Lora:
+        counters = arrays.lora_tiles.shape[0] * len(self.slots.sites)
+        done = torch.zeros(counters, dtype=torch.int32, device=self.device)
+        return Lora(self.slots, tile_rows, done, beside)
 
     def _mixed(self, step: list[Scheduled], owners: list[int]) -> tuple[torch.Tensor, list[Scheduled]]:
         decodes = sum(map(plan.is_decode, step))
@@ -172,7 +172,7 @@ class GpuSteps:
         ends = torch.tensor(counts).cumsum(0).tolist()
         arrays.samples[:] = [end - 1 for s, end in zip(step, ends, strict=True) if s.samples]
         device = shape.views(host.to(self.device, non_blocking=True))
-        lora = Lora(self.slots, plan.MIXED_TILE) if tiles else None
+        lora = self._lora(plan.MIXED_TILE, device) if tiles else None
         out = self.decoder.forward(self._embed(device.ids, step), device, lora)
         return self._head(out.index_select(0, device.samples), sampling), sampling
 
