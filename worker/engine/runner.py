@@ -121,6 +121,7 @@ class ModelRunner:
                 max_batch=settings.engine_max_batch,
                 max_adapters=settings.engine_max_adapters,
                 max_positions=self.max_model_len,
+                max_step_tokens=self.max_step_tokens,
             )
         except (ImportError, ValueError) as error:
             log.warning("%s is served without the engine's own kernels, far slower: %s", self.name, error)

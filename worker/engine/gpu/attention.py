@@ -22,7 +22,7 @@ def splits_for(rows: int, kv_heads: int) -> int:
     return min(32, 1 << (wanted.bit_length() - 1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_width"])
 def _decode(
     q, keys, values, out, part, lse, tables, lengths, scale, window, q_stride, table_width,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, BLOCK_G: tl.constexpr,
@@ -98,7 +98,7 @@ def _join(part, lse, out, DV: tl.constexpr, BLOCK_DV: tl.constexpr, SPLITS: tl.c
     tl.store(out + at * DV + dv, o.to(out.dtype.element_ty), mask=dv < DV)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_width"])
 def _chunk(
     q, keys, values, out, tables, tiles, scale, window, q_stride, table_width,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,

@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 from worker.engine.cache import PagedCache
 from worker.engine.gpu.attention import chunk_attention, decode_attention
 from worker.engine.gpu.elementwise import add_norm, rotate_and_store, swiglu
-from worker.engine.gpu.lora import FEW_ROWS, project
+from worker.engine.gpu.lora import lora_update
 from worker.engine.gpu.plan import Arrays
 from worker.engine.gpu.slots import AdapterSlots
 
@@ -94,7 +94,6 @@ class Lora:
 
     slots: AdapterSlots
     tile_rows: int
-    done: torch.Tensor  # int32 [sites * tiles], zeros: the counters of every product's launch
     beside: torch.cuda.Stream | None = None  # where updates run beside the products they add to, in a captured graph
 
 
@@ -186,25 +185,20 @@ class Decoder:
         """A product, and the adapters' update of it."""
         if lora is None:
             return projection(x), None
-        if projection.weight is not None and x.shape[0] <= FEW_ROWS and x.element_size() == 2:
-            return self._launch(projection, projection.weight, x, step, lora)
         if lora.beside is None:
-            return projection(x), self._launch(projection, None, x, step, lora)[1]
+            return projection(x), self._update(projection, x, step, lora)
         main = torch.cuda.current_stream()
         lora.beside.wait_stream(main)
         with torch.cuda.stream(lora.beside):
-            update = self._launch(projection, None, x, step, lora)[1]
+            update = self._update(projection, x, step, lora)
         out = projection(x)
         main.wait_stream(lora.beside)
         return out, update
 
-    def _launch(
-        self, projection: Projection, weight: torch.Tensor | None, x: torch.Tensor, step: Arrays, lora: Lora
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _update(self, projection: Projection, x: torch.Tensor, step: Arrays, lora: Lora) -> torch.Tensor:
         s = lora.slots
-        at = projection.site * step.lora_tiles.shape[0]
-        return project(
-            x, weight, projection.bias, step.lora_tiles, lora.done[at:], s.addresses, s.ranks, s.scalings,
+        return lora_update(
+            x, step.lora_tiles, s.addresses, s.ranks, s.scalings,
             site=projection.site, widths=projection.widths, tile_rows=lora.tile_rows,
         )  # fmt: skip
 

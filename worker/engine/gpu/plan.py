@@ -23,6 +23,12 @@ def buckets(max_batch: int) -> list[int]:
     return [*(s for s in sizes if s < max_batch), max_batch]
 
 
+def chunk_buckets(max_step_tokens: int) -> list[int]:
+    """Numbers of tokens that graphs of steps with prompts are captured for. Longer steps run longer than they take to launch."""
+    sizes = [64, 128, 256, 512, 1024, 2048]
+    return [s for s in sizes if s < max_step_tokens] + [s for s in (max_step_tokens,) if s <= sizes[-1]]
+
+
 def bucket_of(rows: int, sizes: list[int]) -> int | None:
     """The smallest bucket that holds `rows`; None if none does."""
     return next((s for s in sizes if s >= rows), None)
@@ -33,9 +39,9 @@ def tile_limit(rows: int, max_adapters: int) -> int:
     return min(rows, -(-rows // DECODE_TILE) + max_adapters)
 
 
-def lora_tiles(slots: Sequence[int], counts: Sequence[int], height: int) -> list[tuple[int, int, int]]:
+def lora_tiles(slots: Sequence[int], counts: Sequence[int], height: int) -> list[tuple[int, ...]]:
     """Cut neighbouring rows of the same slot into tiles (first row, last row + 1, slot); -1, the base, gets none."""
-    tiles: list[tuple[int, int, int]] = []
+    tiles: list[tuple[int, ...]] = []
     row = begin = 0
     current = -1
     for slot, count in [*zip(slots, counts, strict=True), (-1, 0)]:
@@ -47,7 +53,7 @@ def lora_tiles(slots: Sequence[int], counts: Sequence[int], height: int) -> list
     return tiles
 
 
-def query_tiles(chunks: Sequence[tuple[int, int, int]], height: int) -> list[tuple[int, int, int, int]]:
+def query_tiles(chunks: Sequence[tuple[int, int, int]], height: int) -> list[tuple[int, ...]]:
     """Cut chunks (first row, rows, first position) into tiles (first row, last row + 1, chunk, position of the first)."""
     return [
         (at, min(at + height, first + count), i, position + at - first)
@@ -122,6 +128,26 @@ class Arrays:
     lora_tiles: Any
     query_tiles: Any
     tables: Any
+
+
+def decode_shape(rows: int, max_adapters: int, width: int) -> Shape:
+    """Of decodes alone."""
+    return Shape(rows, rows, 0, rows, tile_limit(rows, max_adapters), 0, width)
+
+
+def chunk_shape(rows: int, max_batch: int, max_adapters: int, width: int, height: int) -> Shape:
+    """Of `rows` tokens of at most max_batch requests, all taken as chunks, in tiles of `height` queries."""
+    requests = min(rows, max_batch)
+    # Rows of an adapter come twice, among the decodes and among the prompts.
+    tiles = -(-rows // MIXED_TILE) + 2 * max_adapters
+    return Shape(rows, 0, requests, requests, tiles, -(-rows // height) + requests, width)
+
+
+def fill_tiles(array: Any, tiles: list[tuple[int, ...]], nothing: int = -1) -> None:
+    """Write tiles; those beyond become `nothing`."""
+    if tiles:
+        array[: len(tiles)] = tiles
+    array[len(tiles) :] = nothing
 
 
 def is_decode(s: Scheduled) -> bool:
