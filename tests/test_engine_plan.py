@@ -38,6 +38,26 @@ def test_neighbours_of_one_adapter_are_cut_into_tiles_and_the_base_gets_none() -
     assert plan.lora_tiles([-1, -1], [5, 1], 16) == []
 
 
+@pytest.mark.parametrize(("most", "sizes"), [(96, [64, 96]), (2048, [64, 128, 256, 512, 1024, 2048]), (16, [16])])
+def test_steps_with_prompts_have_buckets_up_to_what_takes_longer_to_run_than_to_launch(
+    most: int, sizes: list[int]
+) -> None:
+    assert plan.chunk_buckets(most) == sizes
+    assert plan.chunk_buckets(4096)[-1] == 2048
+
+
+def test_a_bucket_of_chunks_has_room_for_any_mix_of_decodes_and_prompts() -> None:
+    shape = plan.chunk_shape(128, 8, 3, 4, 64)
+    counts, owners = [1] * 7 + [121], [0, 0, 1, 1, 2, 2, 2, 1]  # decodes sorted by adapter, then a prompt
+    assert len(plan.lora_tiles(owners, counts, plan.MIXED_TILE)) <= shape.lora_tiles
+    found = plan.query_tiles([(sum(counts[:i]), c, 0) for i, c in enumerate(counts)], 64)
+    assert len(found) <= shape.query_tiles
+    assert shape.chunks == 8
+    array = numpy.full((4, 3), 5)
+    plan.fill_tiles(array, [(0, 1, 2)])
+    assert array.tolist() == [[0, 1, 2], [-1, -1, -1], [-1, -1, -1], [-1, -1, -1]]
+
+
 @pytest.mark.parametrize(("rows", "adapters"), [(1, 8), (8, 8), (64, 8), (256, 16), (256, 300)])
 def test_a_bucket_has_room_for_the_tiles_of_any_mix_of_its_adapters(rows: int, adapters: int) -> None:
     worst = sorted((i % min(rows, adapters)) for i in range(rows))
