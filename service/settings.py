@@ -80,6 +80,10 @@ class Settings(BaseSettings):
     engine_max_adapters: int = Field(
         16, ge=1, description="Adapters kept loaded in the engine; the least recently used leaves first."
     )
+    engine_cuda_graphs: bool = Field(
+        True,
+        description="Capture the engine's decode steps as CUDA graphs: a start some seconds longer, then faster steps.",
+    )
     engine_cache_bytes: int = Field(
         0,
         ge=0,

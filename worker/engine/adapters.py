@@ -218,6 +218,7 @@ def _place(
         _check_shape(name, f"{module_name} lora_B", b, (fan_out, r))
         if isinstance(module, nn.Embedding):
             a = a.t().contiguous()  # looked up by token
+        a, b = a.contiguous(), b.t().contiguous().t()  # in memory both rank by rank, as the kernels on a GPU read them
         weights.pairs[module_name] = LoraPair(a, b, _scaling(module_name, r, config))
     if (full := tensors.pop("weight", None)) is not None:
         if not isinstance(module, nn.Embedding) and module is not base.head:

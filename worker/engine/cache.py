@@ -85,6 +85,10 @@ class PagedCache:
             self._keys[layer] = torch.zeros(slots, heads, dk, dtype=dtype, device=self.device)
             self._values[layer] = torch.zeros(slots, heads, dv, dtype=dtype, device=self.device)
 
+    def memory(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A layer's keys [slots, heads, key width] and values [slots, heads, value width]."""
+        return self._keys[layer], self._values[layer]
+
     def release(self) -> None:
         """Give the memory back; `allocate` takes it again, without what was in it."""
         self.step = None

@@ -1,4 +1,8 @@
-"""The engine's one thread: schedule → run → postprocess. What a step brought is handed to the event loop in one call."""
+"""The engine's one thread: schedule → run → postprocess. What a step brought is handed to the event loop in one call.
+
+Where the device can go on from tokens that the host has not seen, the next step is launched before the last one's tokens are
+waited for: the device then has no pause while their text is made. Nothing changes in what a request gets.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +23,8 @@ from worker.engine.lora import AdapterWeights
 from worker.engine.metrics import EngineMetrics
 from worker.engine.request import Delta, Request
 from worker.engine.runner import ModelRunner
-from worker.engine.sampling import Sampled, sample
-from worker.engine.scheduler import Scheduler
+from worker.engine.sampling import Chosen, Sampled, choose
+from worker.engine.scheduler import Scheduled, Scheduler
 from worker.engine.sleep import Sleep, offload, restore
 
 log = logging.getLogger("lorry.engine")
@@ -74,6 +78,16 @@ class _Live:
     characters: int = 0
 
 
+@dataclass(slots=True)
+class _Flight:
+    """A step that was launched; its tokens have not been taken in yet."""
+
+    size: int
+    sampling: list[Scheduled]
+    chosen: Chosen | None
+    began: float
+
+
 class Engine:
     """Owns the model and the thread that runs it. Everything but the thread's own methods is called from the event loop."""
 
@@ -101,6 +115,8 @@ class Engine:
         self.fatal: BaseException | None = None
         self.draining = False
         self.steps = 0
+        self._collected_at = 0.0
+        self._preemptions = 0
         self._live: dict[str, _Live] = {}  # the thread's own
         self._new: list[_Live] = []
         self._aborted: list[Request] = []
@@ -176,12 +192,19 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            while self._intake():
-                if not self.sleep.turn(self.scheduler.has_work()):
+            flight: _Flight | None = None
+            while self._intake(wait=flight is None):
+                # Never between a step's launch and its end.
+                if flight is None and not self.sleep.turn(self.scheduler.has_work()):
                     continue
-                outputs = self._step()
+                flight = flight or self._launch(self.scheduler.schedule())
+                if flight is None:
+                    continue
+                following = self._launch_ahead(flight)
+                outputs = self._collect(flight)
                 if outputs:
                     self._hand_over(outputs)
+                flight = following
         except BaseException as error:
             log.critical("the engine failed", exc_info=error)
             with self._wake:
@@ -192,10 +215,10 @@ class Engine:
             self._hand_over([(live.stream, self._end(live, "error", failure)) for live in waiting])
             self._call(self._on_fatal)
 
-    def _intake(self) -> bool:
-        """Take over what the loop has asked for; wait while there is nothing to do. Returns False to end."""
+    def _intake(self, *, wait: bool) -> bool:
+        """Take over what the loop has asked for; if told so, wait while there is nothing to do. Returns False to end."""
         with self._wake:
-            while not (self._new or self._aborted or self._failure or self._stopping or self._has_to_do()):
+            while wait and not (self._new or self._aborted or self._failure or self._stopping or self._has_to_do()):
                 self._wake.wait(self.sleep.seconds())
             if self._stopping:
                 return False
@@ -235,26 +258,50 @@ class Engine:
         held = [adapter.weights for adapter in self.adapters.held()]
         return held + [live.request.adapter for live in self._live.values() if live.request.adapter is not None]
 
-    def _step(self) -> list[tuple[RequestStream, Delta]]:
-        began = time.monotonic()
-        preempted = self.scheduler.preemptions
-        step = self.scheduler.schedule()
+    def _launch(self, step: list[Scheduled], previous: Chosen | None = None) -> _Flight | None:
+        """Run a step up to the choice of its tokens, without waiting for them. None for an empty step."""
         if not step:
-            return []
-        logits, sampling = self.runner.forward(step)
+            return None
+        began = time.monotonic()
+        logits, sampling = self.runner.forward(step) if previous is None else self.runner.forward(step, previous)
         for scheduled in step:
             self.scheduler.computed(scheduled)
-        sampled = sample(logits, [s.request for s in sampling])
-        outputs = [self._advance(self._live[s.request.id], token) for s, token in zip(sampling, sampled, strict=True)]
+        chosen = choose(logits, [s.request for s in sampling]) if sampling else None
+        for s in sampling:
+            s.request.pending += 1
+        return _Flight(len(step), sampling, chosen, began)
+
+    def _launch_ahead(self, flight: _Flight) -> _Flight | None:
+        """Launch the step after `flight`, if it needs nothing that the host learns from `flight`'s tokens but themselves."""
+        if flight.chosen is None or not all(s.request.runs_ahead for s in flight.sampling):
+            return None
+        if not self.runner.runs_ahead([s.request for s in flight.sampling]):
+            return None
+        with self._wake:
+            if self.sleep.due(True):
+                return None
+        return self._launch(self.scheduler.ahead(), flight.chosen)
+
+    def _collect(self, flight: _Flight) -> list[tuple[RequestStream, Delta]]:
+        """Take in a step's tokens. Those of requests that have ended meanwhile are dropped."""
+        sampled = flight.chosen.read() if flight.chosen is not None else []
+        outputs = []
+        for s, token in zip(flight.sampling, sampled, strict=True):
+            s.request.pending -= 1
+            live = self._live.get(s.request.id)
+            if live is not None and live.request is s.request:
+                outputs.append(self._advance(live, token))
         self.steps += 1
+        now = time.monotonic()
         m = self.metrics
-        m.step_seconds.observe(time.monotonic() - began)
-        m.batch_size.observe(len(step))
+        m.step_seconds.observe(now - max(flight.began, self._collected_at))
+        self._collected_at = now
+        m.batch_size.observe(flight.size)
         m.running.set(len(self.scheduler.running))
         m.waiting.set(len(self.scheduler.waiting))
         m.cache_blocks_used.set(self.scheduler.pool.num_blocks - self.scheduler.pool.free)
-        if self.scheduler.preemptions > preempted:
-            m.preemptions.inc(self.scheduler.preemptions - preempted)
+        m.preemptions.inc(self.scheduler.preemptions - self._preemptions)
+        self._preemptions = self.scheduler.preemptions
         return outputs
 
     def _advance(self, live: _Live, sampled: Sampled) -> tuple[RequestStream, Delta]:

@@ -25,7 +25,7 @@ class LoraPair:
     scaling: float
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class AdapterWeights:
     """An adapter's tensors on the engine's device, by the name of the base's module."""
 

@@ -105,6 +105,7 @@ class Request:
         self.adapter = adapter
         self.grammar = grammar  # a worker.engine.grammar.Grammar: the tokens that may come next
         self.output_ids: list[int] = []
+        self.pending = 0  # tokens chosen on the device that are not in `output_ids` yet
         self.blocks: list[int] = []
         self.computed = 0
         # One uniform number a token from a generator of its own: a seed repeats whatever else is in the batch.
@@ -115,7 +116,12 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.prompt_ids) + len(self.output_ids)
+        return len(self.prompt_ids) + len(self.output_ids) + self.pending
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether its next token can be chosen before the host knows the one before."""
+        return self.grammar is None and not self.params.penalised and self.params.logprobs is None
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """Token ids start…stop-1 of prompt and completion together."""

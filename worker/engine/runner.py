@@ -6,7 +6,7 @@ import itertools
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,8 +21,13 @@ from worker.data import base_template
 from worker.engine.adapters import BaseInfo, tokenizer_hash
 from worker.engine.cache import PagedCache
 from worker.engine.lora import LoraBank, segments
+from worker.engine.request import Request
+from worker.engine.sampling import Chosen
 from worker.engine.scheduler import Scheduled
 from worker.engine.sleep import room_left
+
+if TYPE_CHECKING:
+    from worker.engine.gpu.steps import GpuSteps
 
 log = logging.getLogger("lorry.engine")
 BLOCK_SIZE = 16  # tokens
@@ -36,7 +41,8 @@ class UnsupportedModel(Exception):
 class ModelRunner:
     """Holds the base model, its cache and the adapter sites. `forward` is called from one thread only."""
 
-    def __init__(self, settings: Settings, *, num_blocks: int | None = None) -> None:
+    def __init__(self, settings: Settings, *, num_blocks: int | None = None, kernels: bool | None = None) -> None:
+        """`kernels`: whether to use the GPU's own (worker/engine/gpu); by default, where there is a GPU."""
         if settings.torch_threads:
             torch.set_num_threads(settings.torch_threads)
         self.name = settings.base_model
@@ -69,8 +75,10 @@ class ModelRunner:
         self.num_blocks = num_blocks or max(1, min(wanted, budget // per_block))
         self.cache.allocate(self.num_blocks, self.dtype)
         self.max_model_len = min(self.max_model_len, self.num_blocks * BLOCK_SIZE)
-        # A chunk is long enough to use the device and short enough not to be felt by running streams.
-        self.max_step_tokens = max(256 if self.device.type == "cpu" else 2048, settings.engine_max_batch)
+        self.max_step_tokens = max(self._chunk(), settings.engine_max_batch)
+        use = self.device.type == "cuda" if kernels is None else kernels
+        self._graphs = self._released = False  # whether steps are captured; whether they have been given up
+        self._gpu = self._gpu_steps(settings) if use else None
         log.info(
             "base %s in %s on %s: %d cache blocks of %d tokens (%.0f MiB), up to %d tokens a request",
             self.name,
@@ -96,9 +104,68 @@ class ModelRunner:
             device=self.device,
         )
 
+    def _chunk(self) -> int:
+        """Tokens of a step: long enough to use the device, short enough not to be felt by running streams."""
+        if self.device.type == "cpu":
+            return 256
+        # About 30 ms of products at 400 TFLOP/s, which a GPU of 2023 gets; on a smaller one streams feel it.
+        tokens = 6_000_000_000_000 // max(1, self.model.num_parameters())
+        return int(min(4096, max(2048, tokens)))
+
+    def _gpu_steps(self, settings: Settings) -> GpuSteps | None:
+        try:
+            from worker.engine.gpu.steps import GpuSteps
+
+            steps = GpuSteps(
+                self.model,
+                self.bank,
+                self.cache,
+                max_batch=settings.engine_max_batch,
+                max_adapters=settings.engine_max_adapters,
+                max_positions=self.max_model_len,
+                max_step_tokens=self.max_step_tokens,
+            )
+        except (ImportError, ValueError) as error:
+            log.warning("%s is served without the engine's own kernels, far slower: %s", self.name, error)
+            return None
+        if self.device.type == "cuda" and settings.engine_cuda_graphs:
+            self._graphs = self._capture(steps)
+        return steps
+
+    def _capture(self, steps: GpuSteps) -> bool:
+        try:
+            steps.capture()
+        except RuntimeError as error:
+            log.warning("%s is served without CUDA graphs: %s", self.name, error)
+            torch.cuda.synchronize()
+        return steps.captured
+
+    def release_graphs(self) -> None:
+        """Let weights, adapters and cache move or go: nothing here refers to where they are. The next step takes all back."""
+        if self._gpu is not None:
+            self._gpu.release()
+            self._released = True
+
+    def _restore_graphs(self, steps: GpuSteps) -> None:
+        self._released = False
+        steps.prepare()
+        if self._graphs:
+            self._graphs = self._capture(steps)
+
+    def runs_ahead(self, requests: list[Request]) -> bool:
+        """Whether a step of these can be launched from tokens that are still on the device."""
+        return self._gpu is not None and all(self._gpu.slots.fits(r.adapter) for r in requests)
+
     @torch.inference_mode()  # type: ignore[untyped-decorator]
-    def forward(self, step: list[Scheduled]) -> tuple[torch.Tensor, list[Scheduled]]:
-        """Run a step. Returns float logits [rows, vocabulary] and the scheduled requests they belong to, row by row."""
+    def forward(self, step: list[Scheduled], previous: Chosen | None = None) -> tuple[torch.Tensor, list[Scheduled]]:
+        """Launch a step. Returns float logits [rows, vocabulary] and the scheduled requests they belong to, row by row.
+
+        `previous`, where `runs_ahead` allows it, has the step's tokens, which the requests do not have yet.
+        """
+        if self._gpu is not None and self._released:
+            self._restore_graphs(self._gpu)
+        if self._gpu is not None and self._gpu.accepts(step):
+            return self._gpu.run(step, previous)
         # Decodes first, as the cache wants them; neighbours of the same adapter share a segment.
         order = sorted(step, key=lambda s: (not (s.count == 1 and s.start > 0), id(s.request.adapter)))
         ids: list[int] = []

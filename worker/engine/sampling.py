@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -17,19 +18,67 @@ class Sampled:
     logprob: TokenLogprob | None
 
 
+@dataclass(slots=True)
+class Chosen:
+    """Tokens chosen on the device, on their way to the host.
+
+    A step may be launched from `tokens` before anybody has waited for them.
+    """
+
+    requests: list[Request]
+    tokens: torch.Tensor  # [rows], on the device; of a damaged row, any
+    rows: dict[int, int]  # id of a request → its row
+    _known: torch.Tensor  # [rows] on the host once `_ready`; -1 for a damaged row
+    _ready: torch.cuda.Event | None
+    _raw: torch.Tensor
+
+    def read(self) -> list[Sampled]:
+        """Wait for the tokens."""
+        if self._ready is not None:
+            self._ready.synchronize()
+        known: list[int] = self._known.tolist()
+        logprobs = _logprobs(self._raw, self.tokens, known, self.requests)
+        return [Sampled(None if t < 0 else t, p) for t, p in zip(known, logprobs, strict=True)]
+
+
 def sample(logits: torch.Tensor, requests: list[Request]) -> list[Sampled]:
     """Choose one token a row. logits [rows, vocabulary], row i belongs to requests[i]; any float type."""
-    raw = logits.float()
-    broken = raw.amax(dim=-1).isnan().tolist()
-    scores = _keep_to_grammar(_penalise(raw, requests), requests)
-    chosen = scores.argmax(dim=-1)
-    drawn = [i for i, r in enumerate(requests) if not r.params.greedy and not broken[i]]
-    if drawn:
-        index = torch.tensor(drawn, device=logits.device)
-        chosen[index] = _draw(scores[index], [requests[i] for i in drawn])
-    tokens: list[int] = chosen.tolist()
-    logprobs = _logprobs(raw, chosen, tokens, requests)
-    return [Sampled(None if broken[i] else token, logprobs[i]) for i, token in enumerate(tokens)]
+    return choose(logits, requests).read()
+
+
+def choose(logits: torch.Tensor, requests: list[Request]) -> Chosen:
+    """As `sample`, without waiting for the device: nothing here needs a value of it, and one copy takes the tokens away."""
+    plain = all(r.params.greedy and not r.params.penalised and r.grammar is None for r in requests)
+    if plain:  # the likeliest of any float type is the likeliest in float32
+        raw = logits
+        tokens = raw.argmax(dim=-1)
+        broken = raw.gather(-1, tokens[:, None]).squeeze(-1).isnan()  # argmax finds a NaN if there is one
+    else:
+        raw = logits.float()
+        broken = raw.amax(dim=-1).isnan()
+        scores = _keep_to_grammar(_penalise(raw, requests), requests)
+        tokens = scores.argmax(dim=-1)
+        drawn = [i for i, r in enumerate(requests) if not r.params.greedy]
+        if len(drawn) == len(requests):
+            tokens = _draw(scores, requests)
+        elif drawn:
+            index = upload(drawn, torch.int64, logits.device)
+            tokens[index] = _draw(scores[index], [requests[i] for i in drawn])
+    known = torch.where(broken, -1, tokens)
+    ready = None
+    if known.is_cuda:
+        host = torch.empty(known.shape, dtype=known.dtype, pin_memory=True)
+        host.copy_(known, non_blocking=True)
+        known, ready = host, torch.cuda.Event()
+        ready.record()
+    return Chosen(requests, tokens, {id(r): i for i, r in enumerate(requests)}, known, ready, raw)
+
+
+def upload(values: list[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor on the device; on a GPU through pinned memory, because a copy out of other memory waits for the device."""
+    if device.type == "cuda":
+        return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 def _keep_to_grammar(scores: torch.Tensor, requests: list[Request]) -> torch.Tensor:
@@ -72,16 +121,15 @@ def _draw(scores: torch.Tensor, requests: list[Request]) -> torch.Tensor:
     device = scores.device
 
     def column(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
+        return upload(values, torch.float32, device)[:, None]
 
     # Without the largest taken off first, a small temperature makes infinities, and their softmax is not a number.
     scores = (scores - scores.amax(dim=-1, keepdim=True)) / column([r.params.temperature for r in requests])
     vocab = scores.shape[-1]
     if any(0 < r.params.top_k < vocab for r in requests) or any(r.params.top_p < 1.0 for r in requests):
         ordered, _ = scores.sort(dim=-1, descending=True)
-        k = torch.tensor([r.params.top_k if 0 < r.params.top_k < vocab else vocab for r in requests], device=device)[
-            :, None
-        ]
+        limits = [r.params.top_k if 0 < r.params.top_k < vocab else vocab for r in requests]
+        k = upload(limits, torch.int64, device)[:, None]
         ordered = ordered.masked_fill(torch.arange(vocab, device=device)[None, :] >= k, float("-inf"))
         probs = ordered.softmax(dim=-1)
         # A token stays if those before it do not reach top_p yet: the first one always stays.
@@ -95,7 +143,7 @@ def _draw(scores: torch.Tensor, requests: list[Request]) -> torch.Tensor:
         floor = probs.amax(dim=-1, keepdim=True) * column([r.params.min_p for r in requests])
         probs = probs.masked_fill(probs < floor, 0.0)
     totals = probs.double().cumsum(dim=-1)
-    points = torch.tensor([r.random.random() for r in requests], dtype=torch.float64, device=device)[:, None]
+    points = upload([r.random.random() for r in requests], torch.float64, device)[:, None]
     return torch.searchsorted(totals, points * totals[:, -1:], right=True).squeeze(-1).clamp_(max=vocab - 1)
 
 
@@ -107,7 +155,7 @@ def _logprobs(
     if not rows:
         return found
     index = torch.tensor(rows, device=raw.device)
-    logs = raw[index].log_softmax(dim=-1)
+    logs = raw[index].float().log_softmax(dim=-1)
     own = logs.gather(-1, chosen[index][:, None]).squeeze(-1).tolist()
     most = max(requests[i].params.logprobs or 0 for i in rows)
     values, ids = (t.tolist() for t in logs.topk(most, dim=-1)) if most else ([[]] * len(rows), [[]] * len(rows))

@@ -53,7 +53,7 @@ class BlockPool:
 
     def release(self, request: Request) -> None:
         self._free.extend(reversed(request.blocks))
-        request.blocks.clear()
+        request.blocks = []  # a new list: whoever remembers the old one's blocks sees that they are others
 
 
 class WaitingQueue:
@@ -168,6 +168,23 @@ class Scheduler:
             self.pool.grow(request, request.num_tokens)
             budget -= self._chunk(request, budget, step)
         return step
+
+    def ahead(self) -> list[Scheduled]:
+        """The step after one whose tokens are still on their way: one more token of each request that goes on by its length.
+
+        Empty if that step takes more than decoding: a prompt to go on with, a place for a waiting request, a preemption. A
+        request that its pending token ends runs once too often, and that token is for nobody.
+        """
+        if self.waiting and len(self.running) < self.max_batch:
+            return []
+        going = [r for r in self.running if len(r.output_ids) + r.pending < r.params.max_tokens]
+        if any(r.num_tokens - r.computed != 1 for r in self.running):
+            return []
+        if sum(self.pool.blocks_for(r.num_tokens) - len(r.blocks) for r in going) > self.pool.free:
+            return []
+        for request in going:
+            self.pool.grow(request, request.num_tokens)
+        return [Scheduled(r, r.computed, 1, True) for r in going]
 
     def computed(self, scheduled: Scheduled) -> None:
         """The step has written the keys and values of `scheduled`."""
