@@ -374,6 +374,32 @@ def test_a_stacked_run_resumes_like_any_other(trained: Run, tiny_base: Path, tal
     assert resumed.progress.losses == {s: v for s, v in whole.progress.losses.items() if s > 2}
 
 
+def test_a_parent_s_weights_survive_a_trainer_that_casts_them(
+    trained: Run, tiny_base: Path, talks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL's casts what is trained of a 4-bit model to bfloat16."""
+    from unsloth import UnslothTrainer
+
+    init = UnslothTrainer.__init__
+
+    def casts(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.bfloat16)
+
+    monkeypatch.setattr(UnslothTrainer, "__init__", casts)
+    spec = ift_spec(
+        tiny_base,
+        init={"adapter": "a", "mode": "continue"},
+        training={"max_steps": 1, "learning_rate": 1e-12, "embedding_learning_rate": 1e-12},
+    )
+    run = run_recipe(spec, tmp_path, file=talks, parent=trained.adapter)
+    parent, child = (load_file(f / "adapter_model.safetensors") for f in (trained.adapter, run.adapter))
+    for name, weight in parent.items():
+        assert torch.allclose(child[name], weight, atol=1e-9, rtol=1e-6), name
+
+
 def test_continue_refuses_another_rank(trained: Run, tiny_base: Path, talks: Path, tmp_path: Path) -> None:
     spec = ift_spec(tiny_base, init={"adapter": "a", "mode": "continue"}, lora={"r": 16})
     with pytest.raises(JobFailure, match=r"lora\.r: .* must be 8, not 16") as caught:

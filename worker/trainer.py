@@ -101,7 +101,13 @@ class LorryTrainer(UnslothTrainer):  # type: ignore[misc, unused-ignore]
         ranks: Ranks,
         **kwargs: Any,
     ) -> None:
+        before = {p: p.data for p in kwargs["model"].parameters() if p.requires_grad}
         super().__init__(data_collator=collate, **kwargs)
+        # TRL casts the trainable weights of a 4-bit model to bfloat16, where a step of 1e-5 on an embedding is lost to
+        # rounding, and what a parent adapter has learnt beyond that type. Optimiser and weights stay in float32, as Unsloth
+        # keeps them on a GPU.
+        for parameter, data in before.items():
+            parameter.data = data.to(parameter.device, torch.float32)
         self.capacity, self.eval_capacity, self.narrowed = capacity, eval_capacity, narrowed
         self.ranks = ranks
         self.evaluated = 0  # batches of the evaluation under way
@@ -112,11 +118,6 @@ class LorryTrainer(UnslothTrainer):  # type: ignore[misc, unused-ignore]
         self.staging = Path(self.args.output_dir) / f"{STAGING}.{os.urandom(4).hex()}"
         self.keep = save_total_limit
         self.tokens = 0  # of all rows so far, without padding
-        # TRL casts the trainable weights of a 4-bit model to bfloat16, where a step of 1e-5 on an embedding is lost to
-        # rounding. Optimiser and weights stay in float32, as Unsloth keeps them on a GPU.
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The next step's rows and how many of their tokens are trained."""
