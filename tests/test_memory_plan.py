@@ -9,6 +9,8 @@ from pydantic import ValidationError
 
 from service.specs import CptSpec, IftSpec, parse_spec
 from tests.steps import merged
+from worker.device import Budget
+from worker.dry_run import largest_pass
 from worker.memory import GIB, MARGIN, Estimate, NoEstimate, Shape, estimate, largest_batch, plan
 
 LLAMA_1B = Shape.of(
@@ -17,12 +19,11 @@ LLAMA_1B = Shape.of(
         "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128_256, "tie_word_embeddings": True,
     }
 )  # fmt: skip
-LLAMA_8B = Shape.of(
-    {
-        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128_256, "tie_word_embeddings": False,
-    }
-)  # fmt: skip
+LLAMA_8B_CONFIG = {
+    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128_256, "tie_word_embeddings": False,
+}  # fmt: skip
+LLAMA_8B = Shape.of(LLAMA_8B_CONFIG)
 PASS = 8 * 2048  # tokens of the default pass
 
 
@@ -121,6 +122,30 @@ def test_a_model_that_the_arithmetic_does_not_know_has_no_estimate() -> None:
         Shape.of({"model_type": "mixtral"})
     with pytest.raises(NoEstimate, match="router"):
         estimate(spec(lora__target_modules=["q_proj", "router"]), LLAMA_1B, 100)
+
+
+@pytest.mark.parametrize(
+    ("changes", "longest", "tokens"),
+    [
+        ({}, 2048, PASS),
+        ({}, 300, 16 * 300),  # packed: all rows of a step
+        ({}, 1500, PASS),  # packed: what 8 full windows have
+        ({"training__packing": False}, 300, 8 * 300),
+    ],
+)
+def test_the_largest_pass_of_a_dry_run_is_what_its_rows_can_fill(
+    changes: dict[str, Any], longest: int, tokens: int
+) -> None:
+    card = Budget("cuda", "a GPU", 80 * GIB, "this host")
+    found = largest_pass(spec(**changes), LLAMA_8B_CONFIG, LLAMA_8B, longest, card, 0)
+    assert found.tokens == tokens
+    assert found == estimate(spec(**changes), LLAMA_8B, tokens)
+    kept = spec(**changes, training__gradient_checkpointing=False)
+    card = Budget("cuda", "a GPU", 40 * GIB, "this host")
+    found = largest_pass(kept, LLAMA_8B_CONFIG, LLAMA_8B, longest, card, 0)
+    assert found.tokens <= tokens
+    assert found.fits(card.room) == (found.bytes * (1 + MARGIN) <= card.room)
+    assert found.parts["activations"] > estimate(kept, LLAMA_8B, found.tokens).parts["activations"]
 
 
 # The batch

@@ -27,6 +27,7 @@ from service.specs import CptSpec, ExportSpec, IftSpec, parse_spec
 from service.storage import open_storage
 from worker import memory
 from worker.auto_batch import with_batch
+from worker.checkpointing import choose
 from worker.device import Budget, budget_of
 from worker.shape import NoEstimate, Shape
 
@@ -101,21 +102,18 @@ def _training(
                 "invalid_spec", f"lora.target_modules: no module named {', '.join(missing)}; the model has {there}"
             )
         spec = _settled(spec, shape, budget, frozen)
-        longest = data.report["longest"]
-        chosen = memory.plan(spec, shape, budget.room, longest, device=budget.device, frozen_adapter_bytes=frozen)
+        batch, accumulation = int(spec.training.per_device_train_batch_size), spec.training.gradient_accumulation_steps
+        found = largest_pass(spec, config, shape, data.report["longest"], budget, frozen)
     except NoEstimate as reason:
         report["memory"] = {**budget.report(), "why": str(reason)}
         rows = spec.training.per_device_train_batch_size
         batch = memory.STEP_ROWS if rows == "auto" else rows
         report["steps"] = _steps(spec, batch, spec.training.gradient_accumulation_steps, data.report)
         return
-    report["steps"] = _steps(spec, chosen.batch, chosen.accumulation, data.report)
-    report["parameters"] = {
-        "trainable": chosen.estimate.trainable,
-        "total": shape.parameters + chosen.estimate.trainable,
-    }
-    report["memory"] = _memory(chosen, budget)
-    report["disk"] = _disk(spec, settings, chosen.estimate, report["steps"]["total"], contained)
+    report["steps"] = _steps(spec, batch, accumulation, data.report)
+    report["parameters"] = {"trainable": found.trainable, "total": shape.parameters + found.trainable}
+    report["memory"] = _memory(found, budget)
+    report["disk"] = _disk(spec, settings, found, report["steps"]["total"], contained)
 
 
 def _settled(spec: CptSpec | IftSpec, shape: Shape, budget: Budget, frozen: int) -> CptSpec | IftSpec:
@@ -130,6 +128,25 @@ def _settled(spec: CptSpec | IftSpec, shape: Shape, budget: Budget, frozen: int)
     window = spec.model.max_seq_length
     chosen = memory.plan(spec, shape, budget.room, window, device=budget.device, frozen_adapter_bytes=frozen)
     return with_batch(spec, chosen.batch, chosen.accumulation)
+
+
+def largest_pass(
+    spec: CptSpec | IftSpec, config: Any, shape: Shape, longest: int, budget: Budget, frozen: int
+) -> memory.Estimate:
+    """The estimate of the largest pass that worker.fit.capacities allows and that rows of `longest` tokens may fill.
+
+    Raises NoEstimate.
+    """
+    gpu, rows = budget.device == "cuda", int(spec.training.per_device_train_batch_size)
+    choice = choose(spec, config, longest, budget.room, gpu=gpu)
+    if gpu and spec.training.packing is not False:
+        tokens = min(rows * spec.model.max_seq_length, memory.rows_per_step(spec) * longest)
+        tokens = max(longest, min(tokens, choice.tokens or tokens))
+    else:
+        tokens = longest * max(1, min(rows, choice.tokens // longest if choice.tokens else rows))
+    return memory.estimate(
+        spec, shape, tokens, device=budget.device, checkpointing=choice.used, frozen_adapter_bytes=frozen
+    )
 
 
 def _config(base: str, spec: CptSpec | IftSpec, hub: dict[str, Any]) -> Any:
@@ -173,8 +190,7 @@ def _steps(spec: CptSpec | IftSpec, batch: int, accumulation: int, data: dict[st
     }
 
 
-def _memory(chosen: memory.Plan, budget: Budget) -> dict[str, Any]:
-    found = chosen.estimate
+def _memory(found: memory.Estimate, budget: Budget) -> dict[str, Any]:
     return {
         **budget.report(),
         "peak_bytes": found.bytes,
@@ -182,7 +198,7 @@ def _memory(chosen: memory.Plan, budget: Budget) -> dict[str, Any]:
         "parts": found.parts,
         "phase": found.phase,
         "tokens_per_pass": found.tokens,
-        "fits": None if budget.free_bytes is None else chosen.fits,
+        "fits": None if budget.free_bytes is None else found.fits(budget.room),
     }
 
 
