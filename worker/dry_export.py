@@ -16,33 +16,10 @@ from worker.base_model import resolve
 from worker.export import gguf_lora, llama_cpp
 from worker.export.source import Source, open_source
 from worker.export.space import needed_bytes
-from worker.outcome import Ask, Context, Paths
+from worker.outcome import Context, Paths, Silent
 
 if TYPE_CHECKING:
     from worker.dry_run import Request
-
-
-class Silent:
-    """A Progress that nobody listens to."""
-
-    def phase(self, name: str) -> None: ...
-
-    def log(self, message: str) -> None: ...
-
-    def started(self) -> None: ...
-
-    def steps(self, values: dict[str, Any]) -> None: ...
-
-    def metrics(self, split: str, step: int, point: dict[str, Any]) -> None: ...
-
-    def resumed(self, step: int) -> None: ...
-
-    def checkpoints(self, present: dict[int, dict[str, Any]]) -> None: ...
-
-    def record(self, values: dict[str, Any]) -> None: ...
-
-    def asked(self) -> Ask | None:
-        return None
 
 
 def export_report(request: Request, token: str | None, held: ExitStack) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -11,6 +12,7 @@ from service.settings import Settings
 from worker.ranks import ALONE, Ranks
 
 Ask = Literal["pause", "cancel", "stop"]
+log = logging.getLogger("lorry.worker")
 
 
 class Progress(Protocol):
@@ -40,6 +42,31 @@ class Progress(Protocol):
 
     def asked(self) -> Ask | None:
         """What was asked of this run, if anything: pause or cancel by a client, stop by a worker that shuts down."""
+
+
+class Silent:
+    """A Progress that nobody listens to but the log."""
+
+    def phase(self, name: str) -> None:
+        log.info("phase %s", name)
+
+    def log(self, message: str) -> None:
+        log.info("%s", message)
+
+    def started(self) -> None: ...
+
+    def steps(self, values: dict[str, Any]) -> None: ...
+
+    def metrics(self, split: str, step: int, point: dict[str, Any]) -> None: ...
+
+    def resumed(self, step: int) -> None: ...
+
+    def checkpoints(self, present: dict[int, dict[str, Any]]) -> None: ...
+
+    def record(self, values: dict[str, Any]) -> None: ...
+
+    def asked(self) -> Ask | None:
+        return None
 
 
 class Interrupted(Exception):

@@ -17,7 +17,7 @@ from service.jobs.repository import Fenced
 from service.logs import hide
 from service.specs import parse_spec
 from worker.launch import PARENT, SOCKET, Ended, Task
-from worker.outcome import Ask, Context, Interrupted
+from worker.outcome import Context, Interrupted, Silent
 from worker.tasks import RECIPES, classify, limit_gpu, prepare_process
 
 log = logging.getLogger("lorry.worker")
@@ -42,31 +42,6 @@ class Remote:
             return value
 
         return call
-
-
-class Silent:
-    """The Progress of the other ranks: what it is told is rank 0's to report."""
-
-    def phase(self, name: str) -> None:
-        log.info("phase %s", name)
-
-    def log(self, message: str) -> None:
-        log.info("%s", message)
-
-    def started(self) -> None: ...
-
-    def steps(self, values: dict[str, Any]) -> None: ...
-
-    def metrics(self, split: str, step: int, point: dict[str, Any]) -> None: ...
-
-    def resumed(self, step: int) -> None: ...
-
-    def checkpoints(self, present: dict[int, dict[str, Any]]) -> None: ...
-
-    def record(self, values: dict[str, Any]) -> None: ...
-
-    def asked(self) -> Ask | None:
-        return None
 
 
 def main() -> None:
@@ -122,7 +97,7 @@ def _run(task: Task, connection: Connection, rank: int, size: int, host: str, po
     limit_gpu(task.settings)
     from worker.distributed import Group
 
-    progress: Any = Silent() if rank else Remote(connection)
+    progress: Any = Remote(connection) if rank == 0 else Silent()  # what the others are told is rank 0's to report
     context = Context(
         paths=task.paths,
         progress=progress,
