@@ -9,6 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+from safetensors.torch import load_file
+
 from service.settings import Settings
 from service.specs import parse_spec
 from worker.outcome import Ask, Context, Outcome, Paths
@@ -175,3 +179,21 @@ def run_recipe(
     if spec["kind"] != "export":
         importlib.import_module("unsloth")
     return Run(importlib.import_module(module).run(parsed, context), progress, paths)
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    return load_file(run.adapter / "adapter_model.safetensors")
+
+
+def assert_same(one: Run, other: Run) -> None:
+    """Losses at each step, evaluation losses and weights within rounding."""
+    assert one.progress.losses.keys() == other.progress.losses.keys()
+    for step, loss in one.progress.losses.items():
+        assert other.progress.losses[step] == pytest.approx(loss, abs=1e-4)
+    assert one.progress.eval_losses.keys() == other.progress.eval_losses.keys()
+    for step, loss in one.progress.eval_losses.items():
+        assert other.progress.eval_losses[step] == pytest.approx(loss, abs=1e-4)
+    assert one.outcome.result["tokens"] == other.outcome.result["tokens"]
+    theirs = weights(other)
+    for name, weight in weights(one).items():
+        assert torch.allclose(weight, theirs[name], atol=2e-4), name

@@ -40,7 +40,9 @@ TRAINED_IN_4_BITS = {"dtype": "float32", "quantization_config": NF4.to_dict()}
 def adapter(tiny_base_tied: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A chat adapter of a tied base, embeddings trained."""
     template = chat_template(tiny_base_tied, stop=[EOS, "<|eot_id|>", "###"])
-    return make_adapter(tiny_base_tied, tmp_path_factory.mktemp("adapter") / "a", embeddings=BOTH, template=template)
+    # A seed whose answers have no near tie, which rounding to 16 bits would turn, with any Python's text in the tokenizer.
+    folder = tmp_path_factory.mktemp("adapter") / "a"
+    return make_adapter(tiny_base_tied, folder, embeddings=BOTH, template=template, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +67,7 @@ def test_an_export_is_listed_whole_and_says_what_it_is(export: Exporter, adapter
     assert report == done.report
     assert report["mean_kl"] <= report["limit"]
     assert report["greedy_tokens"]["total"] > 20
-    # Rounded to 16 bits, a near tie of this random model may fall the other way.
-    least = {"lora": 1.0, "merged_16bit": 0.9, "merged_4bit": 0.0}[format]
-    assert report["greedy_tokens"]["equal"] >= least * report["greedy_tokens"]["total"]
+    assert report["greedy_tokens"]["equal"] == report["greedy_tokens"]["total"] or format == "merged_4bit"
     assert report["eval_loss"] == pytest.approx(report["adapter_eval_loss"], rel=0.05)
     assert report["template"]["conversations_equal"] == 3
     tensors = Counter(t.dtype for path in done.folder.glob("*.safetensors") for t in load_file(path).values())

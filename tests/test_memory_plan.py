@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from service.specs import CptSpec, IftSpec, parse_spec
 from tests.steps import merged
-from worker.device import Budget
+from worker.budget import Budget
 from worker.dry_run import largest_pass
 from worker.memory import GIB, MARGIN, Estimate, NoEstimate, Shape, estimate, largest_batch, plan
 

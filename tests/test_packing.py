@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from service.errors import JobFailure
 from service.specs import parse_spec
-from tests.recipes import Run, cpt_spec, ift_spec, run_recipe
+from tests.recipes import Run, assert_same, cpt_spec, ift_spec, run_recipe
 from worker.passes import ALIGN, IGNORE, Capacity, collate, inputs_of, passes_of
 
 LENGTHS = [5, 17, 3, 3, 30, 1, 12, 8]
@@ -102,21 +101,6 @@ def trained(base: Path, file: Path, folder: Path, ask_at: Any = None, **training
     change = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "train_on_responses_only": True}
     spec = ift_spec(base, training={**change, "max_steps": 5, "eval_steps": 5, **training})
     return run_recipe(spec, folder, file=file, ask_at=ask_at)
-
-
-def weights(run: Run) -> dict[str, torch.Tensor]:
-    return load_file(run.adapter / "adapter_model.safetensors")
-
-
-def assert_same(one: Run, other: Run) -> None:
-    assert one.progress.losses.keys() == other.progress.losses.keys()
-    for step, loss in one.progress.losses.items():
-        assert other.progress.losses[step] == pytest.approx(loss, abs=1e-4)
-    for step, loss in one.progress.eval_losses.items():
-        assert other.progress.eval_losses[step] == pytest.approx(loss, abs=1e-4)
-    theirs = weights(other)
-    for name, weight in weights(one).items():
-        assert torch.allclose(weight, theirs[name], atol=2e-4), name
 
 
 @pytest.fixture(scope="module")

@@ -9,34 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from service.errors import JobFailure
-from tests.recipes import Run, chats, cpt_spec, ift_spec, run_recipe, texts
+from tests.recipes import assert_same, chats, cpt_spec, ift_spec, run_recipe, texts, weights
 from worker import launch
 from worker.distributed import buckets
 from worker.passes import IGNORE, collate, take
 from worker.ranks import shares
 
 TWO = ["cpu", "cpu"]
-
-
-def weights(run: Run) -> dict[str, torch.Tensor]:
-    return load_file(run.adapter / "adapter_model.safetensors")
-
-
-def assert_same(one: Run, other: Run) -> None:
-    """Losses at each step, evaluation losses and weights within rounding."""
-    assert one.progress.losses.keys() == other.progress.losses.keys()
-    for step, loss in one.progress.losses.items():
-        assert other.progress.losses[step] == pytest.approx(loss, abs=1e-4)
-    assert one.progress.eval_losses.keys() == other.progress.eval_losses.keys()
-    for step, loss in one.progress.eval_losses.items():
-        assert other.progress.eval_losses[step] == pytest.approx(loss, abs=1e-4)
-    assert one.outcome.result["tokens"] == other.outcome.result["tokens"]
-    theirs = weights(other)
-    for name, weight in weights(one).items():
-        assert torch.allclose(weight, theirs[name], atol=2e-4), name
 
 
 def with_accumulation(spec: dict[str, Any], steps: int) -> dict[str, Any]:

@@ -27,8 +27,8 @@ from service.specs import CptSpec, ExportSpec, IftSpec, parse_spec
 from service.storage import open_storage
 from worker import memory
 from worker.auto_batch import with_batch
+from worker.budget import Budget, budget_of
 from worker.checkpointing import choose
-from worker.device import Budget, budget_of
 from worker.shape import NoEstimate, Shape
 
 log = logging.getLogger("lorry.dry_run")

@@ -105,7 +105,6 @@ def add_lora(model: Any, lora: LoraSpec, *, seed: int, checkpointing: bool, plai
         )
     if lora.loftq_config:
         init_loftq(peft_model)
-    offload_originals(peft_model)
     return peft_model
 
 
