@@ -7,11 +7,11 @@ from worker.memory import GIB, STEP_ROWS, NoEstimate, Plan, Shape, plan
 from worker.outcome import Context
 
 
-def settle_batch(spec: CptSpec | IftSpec, context: Context, longest_row: int | None = None) -> CptSpec | IftSpec:
+def settle_batch(spec: CptSpec | IftSpec, context: Context) -> CptSpec | IftSpec:
     """The spec with a number in place of "auto", told in the log and in the run's record; any other spec as it is.
 
-    `longest_row` is in tokens; without one a pass is taken to be of rows of max_seq_length. Call before the model is
-    loaded: what it will take must still be free. Raises JobFailure for a base without a config.
+    A pass is taken to be of rows of max_seq_length: nobody has read the data yet. Call before the model is loaded: what it
+    will take must still be free. Raises JobFailure for a base without a config.
     """
     if spec.training.per_device_train_batch_size != "auto":
         return spec
@@ -26,7 +26,7 @@ def settle_batch(spec: CptSpec | IftSpec, context: Context, longest_row: int | N
             spec,
             Shape.of(config),
             free,
-            longest_row or spec.model.max_seq_length,
+            spec.model.max_seq_length,
             device="cuda" if on_gpu() else "cpu",
             frozen_adapter_bytes=weights.stat().st_size if weights else 0,
         )
