@@ -30,9 +30,17 @@ def config(size: str) -> LlamaConfig:
     return LlamaConfig(**SHAPES[size])
 
 
-def test_a_gpu_checkpoints_unless_told_not_to() -> None:
-    assert choose(spec(), config("1b"), 2048, 80 * GIB, gpu=True).used
-    assert not choose(spec(gradient_checkpointing=False), config("1b"), 2048, 80 * GIB, gpu=True).used
+def test_a_gpu_computes_activations_again_where_there_is_no_room_for_them() -> None:
+    assert not choose(spec(), config("1b"), 2048, 80 * GIB, gpu=True).used
+    assert choose(spec(), config("8b"), 2048, 24 * GIB, gpu=True).used
+    assert choose(spec(gradient_checkpointing=True), config("1b"), 2048, 80 * GIB, gpu=True).used
+    assert not choose(spec(gradient_checkpointing=False), config("8b"), 2048, 24 * GIB, gpu=True).used
+
+
+def test_a_resumed_run_stays_with_what_it_began_with() -> None:
+    assert choose(spec(), config("1b"), 2048, 80 * GIB, gpu=True, before=True).used
+    assert not choose(spec(), config("8b"), 2048, 24 * GIB, gpu=True, before=False).used
+    assert choose(spec(gradient_checkpointing=True), config("1b"), 2048, 80 * GIB, gpu=True, before=False).used
 
 
 def test_without_it_passes_are_as_large_as_the_memory_bears() -> None:
@@ -57,9 +65,9 @@ def test_a_pass_holds_the_longest_row_whatever_the_memory() -> None:
 def test_a_model_without_an_estimate_is_done_as_asked() -> None:
     other = config("1b")
     other.model_type = "other"
-    for asked in (True, False):
+    for asked, used in ((True, True), (False, False), ("auto", True)):
         found = choose(spec(gradient_checkpointing=asked), other, 2048, 80 * GIB, gpu=True)
-        assert (found.used, found.tokens) == (asked, None)
+        assert (found.used, found.tokens) == (used, None)
 
 
 @pytest.mark.parametrize(("free", "used"), [(80 * GIB, False), (2 * GIB, True)])

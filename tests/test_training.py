@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from service.errors import JobFailure
 from tests.recipes import TRAINING, Run, chats, cpt_spec, ift_spec, run_recipe, texts
 from worker.adapter_io import scaling
+from worker.verify_math import next_token_logprobs
 
 
 @pytest.fixture(scope="module")
@@ -464,3 +466,16 @@ def test_an_adapter_that_reads_back_differently_is_caught(
     with pytest.raises(JobFailure, match="mean KL") as caught:
         run_recipe(cpt_spec(tiny_base, training={"max_steps": 1}), tmp_path, file=rows)
     assert caught.value.code == "verification_failed"
+
+
+def test_the_trained_model_answers_with_its_frozen_embeddings_off_the_device(trained: Run, tiny_base: Path) -> None:
+    # On a GPU they wait on the host while it trains, and are the first of its parameters. Here: on no device at all.
+    base = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, trained.adapter, is_trainable=True)
+    ids = list(range(5, 25))
+    before = next_token_logprobs(model, ids)
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module.original_module.to("meta")
+    assert next(model.parameters()).device.type == "meta"
+    assert torch.equal(next_token_logprobs(model, ids), before)

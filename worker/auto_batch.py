@@ -67,7 +67,8 @@ def free_bytes() -> int:
     import torch
 
     if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[0])
+        free, total = torch.cuda.mem_get_info()
+        return int(min(free, torch.cuda.get_per_process_memory_fraction() * total))  # LORRY_TRAIN_MEMORY_FRACTION
     import psutil
 
     return int(psutil.virtual_memory().available)

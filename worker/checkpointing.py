@@ -7,10 +7,12 @@ the host) costs a forward pass: about a quarter of the speed. Kept, they want me
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from service.specs import CptSpec, IftSpec
-from worker.memory import GIB, NoEstimate, Shape, estimate, keeps_activations, pass_without
+from worker.checkpoints import checkpoints_in, read_pending
+from worker.memory import CONTEXT_BYTES, GIB, ROOM, NoEstimate, Shape, estimate, keeps_activations, pass_without
 
 
 @dataclass(frozen=True)
@@ -22,16 +24,22 @@ class Checkpointing:
     why: str
 
 
-def choose(spec: CptSpec | IftSpec, config: Any, longest: int, free: int, *, gpu: bool) -> Checkpointing:
-    """For a run whose longest row has `longest` tokens, on a device with `free` bytes before the model is there."""
+def choose(
+    spec: CptSpec | IftSpec, config: Any, longest: int, free: int, *, gpu: bool, before: bool | None = None
+) -> Checkpointing:
+    """For a run whose longest row has `longest` tokens, on a device with `free` bytes before the model is there.
+
+    `before`: what an earlier attempt at the run did (`of_checkpoints`). "auto" stays with it: Unsloth's checkpointing gives
+    gradients a little different, and a resumed curve is to go on as it began.
+    """
     asked, window = spec.training.gradient_checkpointing, spec.model.max_seq_length
     longest = min(longest, window)
     if asked is True:
         return Checkpointing(True, None, "asked for")
-    if asked == "auto" and gpu:
-        # Not by the memory there is: without it the curve on a GPU leaves the script's by more than rounding does, for some
-        # steps (docs/benchmarks.md). Until that is understood it is for those who ask.
-        return Checkpointing(True, None, "the default on a GPU")
+    if asked == "auto" and gpu and before is not None:
+        if before:
+            return Checkpointing(True, None, "as the run began")
+        asked = False
     rows = int(spec.training.per_device_train_batch_size)
     if not gpu:
         intermediate = getattr(config, "intermediate_size", 4 * config.hidden_size)
@@ -45,6 +53,15 @@ def choose(spec: CptSpec | IftSpec, config: Any, longest: int, free: int, *, gpu
         tokens = pass_without(spec, shape, full, longest, free)
         found = estimate(spec, shape, tokens, checkpointing=False).bytes
     except NoEstimate as reason:
-        return Checkpointing(False, None, str(reason))
+        return Checkpointing(asked == "auto", None, str(reason))
     why = f"passes of {tokens} tokens: about {found / GIB:.1f} GiB of {free / GIB:.1f} free"
+    if asked == "auto" and found + CONTEXT_BYTES["cuda"] > ROOM * free:
+        return Checkpointing(True, None, f"without it, {why}")
     return Checkpointing(False, tokens if tokens < full else None, why)
+
+
+def of_checkpoints(folder: Path) -> bool | None:
+    """Whether the run whose checkpoints these are used it; None where there are none, or older ones that do not say."""
+    present = checkpoints_in(folder)
+    used = read_pending(present[max(present)]).get("gradient_checkpointing") if present else None
+    return used if isinstance(used, bool) else None

@@ -8,7 +8,7 @@ from service.specs import CptSpec
 from worker import model as models
 from worker.auto_batch import free_bytes
 from worker.base_model import load_tokenizer
-from worker.checkpointing import choose
+from worker.checkpointing import choose, of_checkpoints
 from worker.data import prepare
 from worker.fit import Build, fit
 from worker.outcome import Context, Outcome, check
@@ -30,7 +30,8 @@ def run(spec: CptSpec, context: Context) -> Outcome:
 
     progress.phase("model")
     config = models.config_of(paths.base, spec.model, **context.hub)
-    choice = choose(spec, config, data.report["longest"], free_bytes(), gpu=models.on_gpu())
+    before = of_checkpoints(context.checkpoints)
+    choice = choose(spec, config, data.report["longest"], free_bytes(), gpu=models.on_gpu(), before=before)
     checkpointing = choice.used
 
     def build() -> Any:

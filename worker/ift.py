@@ -9,7 +9,7 @@ from service.specs import IftSpec
 from worker import model as models
 from worker.auto_batch import free_bytes
 from worker.base_model import load_tokenizer
-from worker.checkpointing import choose
+from worker.checkpointing import choose, of_checkpoints
 from worker.data import prepare
 from worker.export.merge import merge_into_base
 from worker.fit import Build, fit
@@ -34,7 +34,8 @@ def run(spec: IftSpec, context: Context) -> Outcome:
 
     progress.phase("model")
     config = models.config_of(paths.base, spec.model, **context.hub)
-    choice = choose(spec, config, data.report["longest"], free_bytes(), gpu=models.on_gpu())
+    before = of_checkpoints(context.checkpoints)
+    choice = choose(spec, config, data.report["longest"], free_bytes(), gpu=models.on_gpu(), before=before)
     checkpointing = choice.used
     seed, init, parent = spec.training.seed, spec.init, paths.parent
 

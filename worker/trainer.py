@@ -239,6 +239,7 @@ class LorryTrainer(UnslothTrainer):  # type: ignore[misc, unused-ignore]
             "last_logged_step": self._globalstep_last_logged,
             "evaluation_due": self.evaluation_due,
             "finished": self.finished,
+            "gradient_checkpointing": self.args.gradient_checkpointing,
             "capacity": {"train": vars(self.capacity), "eval": vars(self.eval_capacity)},
         }
         write_json(staging_root / name / PENDING, pending)

@@ -11,7 +11,10 @@ def next_token_logprobs(model: Any, ids: list[int]) -> torch.Tensor:
     """Log-probabilities over the vocabulary at each position of one sequence: [len(ids), vocabulary], float32, on the CPU."""
     model.eval()
     with torch.no_grad():
-        tokens = torch.tensor([ids], device=next(model.parameters()).device)
+        # A model that was trained has its frozen embeddings on the host, and they come first.
+        weight = next((p for p in model.parameters() if p.requires_grad), None)
+        device = (next(model.parameters()) if weight is None else weight).device
+        tokens = torch.tensor([ids], device=device)
         logits = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[0]
     return torch.log_softmax(logits.float(), -1).cpu()
 

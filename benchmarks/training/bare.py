@@ -23,6 +23,9 @@ parser.add_argument("--rows", required=True, type=Path, help=".jsonl with a text
 parser.add_argument("--output", required=True, type=Path, help="folder for the checkpoints and the adapter")
 parser.add_argument("--checkpointing", action="store_true", help="recompute activations (Unsloth's way)")
 parser.add_argument("--library-defaults", action="store_true", help="TRL's default loss, Unsloth's checkpointing")
+parser.add_argument(
+    "--keep-activations", action="store_true", help="no gradient checkpointing, whatever the defaults are"
+)
 parser.add_argument("--float32", action="store_true", help="keep what is trained in float32: TRL casts it to bfloat16")
 arguments = parser.parse_args()
 
@@ -42,6 +45,8 @@ spec = json.loads(arguments.spec.read_text())
 lora, data, training = spec["lora"], spec["dataset"], spec["training"]
 length = spec["model"]["max_seq_length"]
 checkpointing = "unsloth" if arguments.checkpointing or arguments.library_defaults else False
+if arguments.keep_activations:
+    checkpointing = False
 
 model, tokenizer = FastLanguageModel.from_pretrained(
     model_name=spec["model"]["name"],

@@ -102,7 +102,10 @@ def main() -> None:
     parser.add_argument("--eval-rows", type=int, default=8)
     parser.add_argument("--models", type=Path, help="folder in which the model is kept for the next run")
     parser.add_argument(
-        "--float32", action="store_true", help="also run the script with its trained weights in float32: for its losses"
+        "--float32",
+        action="store_true",
+        help="also run the script with its trained weights in float32, for its losses; where the job's --checkpointing is "
+        "false, once more without checkpointing",
     )
     parser.add_argument(
         "--quick", action="store_true", help="end both after the last step: nothing is saved or read back"
@@ -139,7 +142,11 @@ def main() -> None:
             if not arguments.only_job:
                 runs["script"].append(overhead.run_bare(where, rows, "--library-defaults"))
         if arguments.float32:
-            runs["script, float32"] = [overhead.run_bare(where, rows, "--library-defaults", "--float32")]
+            options = ["--library-defaults", "--float32"]
+            runs["script, float32"] = [overhead.run_bare(where, rows, *options)]
+            if arguments.checkpointing == "false":
+                options.append("--keep-activations")
+                runs["script, float32, activations kept"] = [overhead.run_bare(where, rows, *options)]
 
     about = {"size": arguments.size, "kind": arguments.kind, "data": arguments.data}
     for side, seen in runs.items():
