@@ -218,7 +218,7 @@ class TrainingSpec(Spec):
     )
     gradient_checkpointing: Literal["auto"] | bool = Field(
         "auto",
-        description="Compute activations again in the backward pass instead of keeping them; auto: on a GPU, and elsewhere where they would not fit the free memory. false on a GPU is about a quarter faster, with passes as large as the memory then bears.",
+        description="Compute activations again in the backward pass instead of keeping them; auto: where they would not fit the free memory. Keeping them is a third faster on a GPU, with passes as large as the memory then bears.",
     )
     early_stopping_patience: int | None = Field(
         None,
