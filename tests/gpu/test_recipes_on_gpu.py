@@ -120,8 +120,12 @@ def test_a_tied_base_gets_two_matrices(rows: Path, tmp_path: Path) -> None:
 
 def test_loftq_and_dropout_and_checkpoints(base: Path, rows: Path, tmp_path: Path) -> None:
     spec = cpt_spec(
-        base, model={"load_in_4bit": True}, lora={"loftq_config": {}, "lora_dropout": 0.05}, training={"max_steps": 6}
+        base,
+        model={"load_in_4bit": True},
+        lora={"loftq_config": {}, "lora_dropout": 0.05},
+        training={"max_steps": 6, "gradient_checkpointing": True},
     )
     run = run_recipe(spec, tmp_path, file=rows)
+    assert run.progress.records["gradient_checkpointing"]["used"]
     assert list(run.progress.present) == [3, 6]
     assert run.outcome.result["eval_loss"] < run.outcome.result["eval_loss_start"]
