@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from service.errors import JobFailure
 from tests.recipes import TRAINING, Run, chats, cpt_spec, ift_spec, run_recipe, texts
 from worker.adapter_io import scaling
+from worker.checkpointing import of_checkpoints
 from worker.verify_math import next_token_logprobs
 
 
@@ -190,6 +191,11 @@ def test_a_checkpoint_is_an_adapter_with_its_losses(trained: Run, tiny_base: Pat
     assert not torch.equal(
         logits(tiny_base, Path(trained.progress.present[3]["path"]), IDS), logits(tiny_base, trained.adapter, IDS)
     )
+
+
+def test_a_checkpoint_says_whether_activations_were_kept(trained: Run, tmp_path: Path) -> None:
+    assert of_checkpoints(trained.checkpoints) is trained.progress.records["gradient_checkpointing"]["used"]
+    assert of_checkpoints(tmp_path) is None
 
 
 def test_save_total_limit_keeps_the_newest(tiny_base: Path, rows: Path, tmp_path: Path) -> None:
