@@ -99,7 +99,7 @@ class Settings(BaseSettings):
         1.0,
         gt=0,
         le=1,
-        description="Most of a GPU's memory that a job takes, as a fraction of all of it; beyond that it is out of memory, whatever is free.",
+        description="Most of a GPU's memory that a job takes, as a fraction of all of it; beyond that it is out of memory, whatever is free. Estimates and dry runs count it.",
     )
     gpu_policy: Literal["shared", "exclusive"] = Field(
         "shared",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,9 @@ from pydantic import ValidationError
 
 from service.specs import CptSpec, IftSpec, parse_spec
 from tests.steps import merged
-from worker.budget import Budget
+from worker.auto_batch import with_batch
+from worker.budget import Budget, budget_of
+from worker.checkpointing import choose
 from worker.dry_run import largest_pass
 from worker.memory import GIB, MARGIN, Estimate, NoEstimate, Shape, estimate, largest_batch, plan
 
@@ -149,6 +152,22 @@ def test_the_largest_pass_of_a_dry_run_is_what_its_rows_can_fill(
     assert found.parts["activations"] > estimate(kept, LLAMA_8B, found.tokens).parts["activations"]
 
 
+def test_a_budget_is_no_more_than_the_fraction_that_jobs_are_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'NVIDIA H100, 80GB, 60000, 80000'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr("worker.budget.sees_gpu", lambda: True)
+    assert budget_of(None, None) == Budget("cuda", "NVIDIA H100, 80GB", 60000 * 2**20, "this host")
+    assert budget_of(1, None, 0.5).free_bytes == 40000 * 2**20
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    assert budget_of(1, None, 0.5).free_bytes is None
+    monkeypatch.setattr("worker.budget.sees_gpu", lambda: False)
+    assert budget_of(1, {"type": "cuda", "name": "X", "memory_bytes": 80 * GIB}, 0.5).free_bytes == 40 * GIB
+
+
 # The batch
 
 
@@ -167,6 +186,18 @@ def test_auto_is_the_largest_power_of_two_that_fits_and_keeps_the_rows_of_a_step
     assert chosen.batch == 32
     assert plan(auto, LLAMA_8B, GIB, 2048).batch == 1
     assert not plan(auto, LLAMA_8B, GIB, 2048).fits
+
+
+def test_auto_keeps_activations_where_they_fit_as_the_run_then_does() -> None:
+    auto = spec(training__per_device_train_batch_size="auto", training__gradient_accumulation_steps=4)
+    chosen = plan(auto, LLAMA_8B, 80 * GIB, 2048)
+    asked = with_batch(auto, chosen.batch, chosen.accumulation)
+    choice = choose(asked, LLAMA_8B_CONFIG, 2048, 80 * GIB, gpu=True)
+    assert (choice.used, choice.tokens) == (False, chosen.estimate.tokens)
+    assert chosen.estimate == estimate(asked, LLAMA_8B, chosen.estimate.tokens, checkpointing=False)
+    beside = choose(asked, LLAMA_8B_CONFIG, 2048, 80 * GIB, gpu=True, frozen_adapter_bytes=8 * GIB)
+    assert beside.tokens is not None
+    assert beside.tokens < chosen.estimate.tokens
 
 
 def test_short_rows_fit_in_larger_batches() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from service.specs import CptSpec, IftSpec
 from worker.memory import GIB, STEP_ROWS, NoEstimate, Plan, Shape, plan
 from worker.outcome import Context
@@ -19,8 +21,6 @@ def settle_batch(spec: CptSpec | IftSpec, context: Context) -> CptSpec | IftSpec
 
     config = config_of(context.paths.base, spec.model, **context.hub)
     free = free_bytes()
-    stacked = isinstance(spec, IftSpec) and spec.init is not None and spec.init.mode == "stack"
-    weights = context.paths.parent / "adapter_model.safetensors" if stacked and context.paths.parent else None
     try:
         chosen = plan(
             spec,
@@ -28,7 +28,7 @@ def settle_batch(spec: CptSpec | IftSpec, context: Context) -> CptSpec | IftSpec
             free,
             spec.model.max_seq_length,
             device="cuda" if on_gpu() else "cpu",
-            frozen_adapter_bytes=weights.stat().st_size if weights else 0,
+            frozen_adapter_bytes=frozen_bytes(spec, context.paths.parent),
         )
     except NoEstimate as reason:
         told: dict[str, object] = {"asked": "auto", "batch": STEP_ROWS, "why": str(reason)}
@@ -59,7 +59,14 @@ def sentence(chosen: Plan) -> str:
     passes = "1 pass" if chosen.accumulation == 1 else f"{chosen.accumulation} passes"
     about = f"per_device_train_batch_size auto: {chosen.batch} rows a pass, {passes} a step, for about "
     about += f"{chosen.estimate.bytes / GIB:.1f} GiB at the peak of {chosen.free_bytes / GIB:.1f} GiB that are free"
+    about += f", at most {chosen.estimate.tokens} tokens at once"
     return about if chosen.fits else f"{about}: it may not fit"
+
+
+def frozen_bytes(spec: CptSpec | IftSpec, parent: Path | None) -> int:
+    """Of a parent adapter that stays in memory beside the new one."""
+    stacked = isinstance(spec, IftSpec) and spec.init is not None and spec.init.mode == "stack"
+    return (parent / "adapter_model.safetensors").stat().st_size if stacked and parent else 0
 
 
 def free_bytes() -> int:

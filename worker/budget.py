@@ -31,32 +31,39 @@ class Budget:
         return {"device": self.device, "name": self.name, "free_bytes": self.free_bytes, "of": self.of}
 
 
-def budget_of(gpus: int | None, last: dict[str, Any] | None) -> Budget:
+def budget_of(gpus: int | None, last: dict[str, Any] | None, fraction: float = 1.0) -> Budget:
     """The device that a job will meet: this host's GPU; else that of the newest run, `last`; else this host's memory.
 
-    `gpus` is resources.gpus of its spec. A device elsewhere counts with all of its memory, since nobody knows what is
-    free there.
+    `gpus` is resources.gpus of its spec, `fraction` what LORRY_TRAIN_MEMORY_FRACTION leaves a job of a GPU. A device
+    elsewhere counts with all of its memory, since nobody knows what is free there.
     """
     if gpus != 0 and sees_gpu():
-        name, free = _smi()
-        return Budget("cuda", name, free, "this host")
+        name, free, total = _smi()
+        return Budget("cuda", name, None if free is None else min(free, int(fraction * total)), "this host")
     on_gpu = last is not None and last.get("type") == "cuda"
     if gpus != 0 and (on_gpu or gpus):
         if last is None or not on_gpu:
             return Budget("cuda", None, None, "unknown: no run on this base has told of its GPU")
-        return Budget("cuda", last.get("name"), last.get("memory_bytes"), "the device of the newest run on this base")
+        whole = last.get("memory_bytes")
+        free = None if whole is None else int(fraction * whole)
+        return Budget("cuda", last.get("name"), free, "the device of the newest run on this base")
     import psutil
 
     return Budget("cpu", None, int(psutil.virtual_memory().available), "this host")
 
 
-def _smi() -> tuple[str | None, int | None]:
-    """Name and free bytes of the first visible GPU; None for what the driver's tool does not say."""
+def _smi() -> tuple[str | None, int | None, int]:
+    """Name, free bytes and all bytes of the first visible GPU; None and 0 for what the driver's tool does not say."""
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip() or "0"
-    command = ["nvidia-smi", f"--id={first}", "--query-gpu=name,memory.free", "--format=csv,noheader,nounits"]
+    command = [
+        "nvidia-smi",
+        f"--id={first}",
+        "--query-gpu=name,memory.free,memory.total",
+        "--format=csv,noheader,nounits",
+    ]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SMI_SECONDS, check=True)
-        name, free = done.stdout.strip().splitlines()[0].rsplit(",", 1)
-        return name.strip(), int(free) * 2**20
+        name, free, total = done.stdout.strip().splitlines()[0].rsplit(",", 2)
+        return name.strip(), int(free) * 2**20, int(total) * 2**20
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return None, None
+        return None, None, 0

@@ -12,7 +12,7 @@ from typing import Any
 
 from service.specs import CptSpec, IftSpec
 from worker.checkpoints import checkpoints_in, read_pending
-from worker.memory import CONTEXT_BYTES, GIB, ROOM, NoEstimate, Shape, estimate, keeps_activations, pass_without
+from worker.memory import GIB, NoEstimate, Shape, keeps_activations, without_checkpointing
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,14 @@ class Checkpointing:
 
 
 def choose(
-    spec: CptSpec | IftSpec, config: Any, longest: int, free: int, *, gpu: bool, before: bool | None = None
+    spec: CptSpec | IftSpec,
+    config: Any,
+    longest: int,
+    free: int,
+    *,
+    gpu: bool,
+    before: bool | None = None,
+    frozen_adapter_bytes: int = 0,
 ) -> Checkpointing:
     """For a run whose longest row has `longest` tokens, on a device with `free` bytes before the model is there.
 
@@ -50,14 +57,13 @@ def choose(
     full = rows * (window if spec.training.packing is not False else longest)
     try:
         shape = Shape.of(config)
-        tokens = pass_without(spec, shape, full, longest, free)
-        found = estimate(spec, shape, tokens, checkpointing=False).bytes
+        found, fits = without_checkpointing(spec, shape, full, longest, free, frozen_adapter_bytes=frozen_adapter_bytes)
     except NoEstimate as reason:
         return Checkpointing(asked == "auto", None, str(reason))
-    why = f"passes of {tokens} tokens: about {found / GIB:.1f} GiB of {free / GIB:.1f} free"
-    if asked == "auto" and found + CONTEXT_BYTES["cuda"] > ROOM * free:
+    why = f"passes of {found.tokens} tokens: about {found.bytes / GIB:.1f} GiB of {free / GIB:.1f} free"
+    if asked == "auto" and not fits:
         return Checkpointing(True, None, f"without it, {why}")
-    return Checkpointing(False, tokens if tokens < full else None, why)
+    return Checkpointing(False, found.tokens if found.tokens < full else None, why)
 
 
 def of_checkpoints(folder: Path) -> bool | None:

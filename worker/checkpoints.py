@@ -12,7 +12,10 @@ PENDING, STAGING = "lorry_trainer.json", ".staging"
 
 
 def read_pending(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint left for the resumed run: loss_sum, last_logged_step, evaluation_due, finished, capacity."""
+    """What a checkpoint left for the resumed run.
+
+    loss_sum, last_logged_step, evaluation_due, finished, gradient_checkpointing, capacity.
+    """
     pending: dict[str, Any] = json.loads((checkpoint / PENDING).read_text())
     return pending
 

@@ -93,7 +93,7 @@ def _training(
     beside = parent / "adapter_model.safetensors" if parent and mode in ("stack", "merge") else None
     contained = beside.stat().st_size if beside else 0
     frozen = contained if mode == "stack" else 0
-    budget = budget_of(spec.resources.gpus, request.device)
+    budget = budget_of(spec.resources.gpus, request.device, settings.train_memory_fraction)
     try:
         shape = Shape.of(config)
         if missing := shape.missing(spec.lora.target_modules):
@@ -138,7 +138,7 @@ def largest_pass(
     Raises NoEstimate.
     """
     gpu, rows = budget.device == "cuda", int(spec.training.per_device_train_batch_size)
-    choice = choose(spec, config, longest, budget.room, gpu=gpu)
+    choice = choose(spec, config, longest, budget.room, gpu=gpu, frozen_adapter_bytes=frozen)
     if gpu and spec.training.packing is not False:
         tokens = min(rows * spec.model.max_seq_length, memory.rows_per_step(spec) * longest)
         tokens = max(longest, min(tokens, choice.tokens or tokens))

@@ -7,7 +7,7 @@ from typing import Any
 from service.errors import JobFailure
 from service.specs import IftSpec
 from worker import model as models
-from worker.auto_batch import free_bytes
+from worker.auto_batch import free_bytes, frozen_bytes
 from worker.base_model import load_tokenizer
 from worker.checkpointing import choose, of_checkpoints
 from worker.data import prepare
@@ -35,9 +35,12 @@ def run(spec: IftSpec, context: Context) -> Outcome:
     progress.phase("model")
     config = models.config_of(paths.base, spec.model, **context.hub)
     before = of_checkpoints(context.checkpoints)
-    choice = choose(spec, config, data.report["longest"], free_bytes(), gpu=models.on_gpu(), before=before)
-    checkpointing = choice.used
     seed, init, parent = spec.training.seed, spec.init, paths.parent
+    choice = choose(
+        spec, config, data.report["longest"], free_bytes(), gpu=models.on_gpu(), before=before,
+        frozen_adapter_bytes=frozen_bytes(spec, parent),
+    )  # fmt: skip
+    checkpointing = choice.used
 
     def build() -> Any:
         base = models.load_base(spec.model, paths.base, checkpointing=checkpointing, **context.hub)

@@ -212,16 +212,25 @@ def keeps_activations(hidden: int, intermediate: int, layers: int, tokens: int, 
     return 4 * per_layer * layers * tokens <= free_bytes / 4
 
 
-def pass_without(spec: CptSpec | IftSpec, shape: Shape, most: int, longest_row: int, free_bytes: int) -> int:
-    """Tokens of the largest pass, `most` at most, that fits a GPU without checkpointing; if none does, of the smallest.
+def without_checkpointing(
+    spec: CptSpec | IftSpec,
+    shape: Shape,
+    most: int,
+    longest_row: int,
+    free_bytes: int,
+    *,
+    frozen_adapter_bytes: int = 0,
+) -> tuple[Estimate, bool]:
+    """On a GPU: the largest pass of at most `most` tokens that fits `free_bytes`, and True; else the smallest, and False.
 
     The smallest is SMALLEST_PASS, or the longest row if that is longer. Raises NoEstimate.
     """
     least = max(longest_row, min(most, SMALLEST_PASS))
-    for tokens in (most, *range((most - 1) // PASS_STEP * PASS_STEP, least, -PASS_STEP)):
-        if estimate(spec, shape, tokens, checkpointing=False).bytes + CONTEXT_BYTES["cuda"] <= ROOM * free_bytes:
-            return int(tokens)
-    return least
+    for tokens in (most, *range((most - 1) // PASS_STEP * PASS_STEP, least, -PASS_STEP), least):
+        found = estimate(spec, shape, tokens, checkpointing=False, frozen_adapter_bytes=frozen_adapter_bytes)
+        if found.bytes + CONTEXT_BYTES["cuda"] <= ROOM * free_bytes:
+            return found, True
+    return found, False
 
 
 def rows_per_step(spec: CptSpec | IftSpec) -> int:
@@ -282,9 +291,11 @@ def _of_batch(
     spec: CptSpec | IftSpec, shape: Shape, batch: int, free: int, longest_row: int, device: Device, frozen: int
 ) -> Estimate:
     tokens = batch * longest_row
-    if device == "cuda" and spec.training.gradient_checkpointing is False:
-        tokens = pass_without(spec, shape, tokens, longest_row, free)
-        return estimate(spec, shape, tokens, checkpointing=False, frozen_adapter_bytes=frozen)
+    asked = spec.training.gradient_checkpointing
+    if device == "cuda" and asked is not True:
+        found, fits = without_checkpointing(spec, shape, tokens, longest_row, free, frozen_adapter_bytes=frozen)
+        if fits or asked is False:
+            return found
     checkpointing = device == "cuda" or not keeps_activations(
         shape.hidden, shape.intermediate, shape.layers, tokens, free
     )

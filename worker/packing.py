@@ -14,6 +14,7 @@ import torch
 from service.errors import JobFailure
 from worker.model import on_gpu
 from worker.varlen import provide_varlen_attention
+from worker.verify_math import device_of
 
 # Alone and behind a neighbour a row takes other kernels: equal up to the rounding of bfloat16 through all layers.
 TOLERANCE = {torch.bfloat16: 0.1, torch.float16: 0.05, torch.float32: 1e-3}
@@ -49,7 +50,7 @@ def choose_packing(asked: bool | str, model: Any) -> dict[str, Any]:
 def leak(model: Any) -> str | None:
     """Why rows packed into one pass of `model` would see one another; None if they do not."""
     was_training = model.training
-    device = next(p.device for p in model.parameters() if p.requires_grad)  # Unsloth keeps frozen embeddings on disk
+    device = device_of(model)
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     generator = torch.Generator().manual_seed(0)
     first, other, row = (torch.randint(0, vocabulary, (n,), generator=generator) for n in (37, 37, 53))

@@ -7,14 +7,18 @@ from typing import Any
 import torch
 
 
+def device_of(model: Any) -> torch.device:
+    """Where a model computes. One in training keeps frozen embeddings elsewhere, and they may be its first parameters."""
+    parameters = list(model.parameters())
+    device: torch.device = next((p for p in parameters if p.requires_grad), parameters[0]).device
+    return device
+
+
 def next_token_logprobs(model: Any, ids: list[int]) -> torch.Tensor:
     """Log-probabilities over the vocabulary at each position of one sequence: [len(ids), vocabulary], float32, on the CPU."""
     model.eval()
     with torch.no_grad():
-        # A model that was trained has its frozen embeddings on the host, and they come first.
-        weight = next((p for p in model.parameters() if p.requires_grad), None)
-        device = (next(model.parameters()) if weight is None else weight).device
-        tokens = torch.tensor([ids], device=device)
+        tokens = torch.tensor([ids], device=device_of(model))
         logits = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[0]
     return torch.log_softmax(logits.float(), -1).cpu()
 

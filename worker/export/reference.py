@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from worker.verify_math import agreement, mean_kl, next_token_logprobs
+from worker.verify_math import agreement, device_of, mean_kl, next_token_logprobs
 
 PROMPT_TOKENS, ANSWER_TOKENS = 64, 16
 EFFECT_ROWS = 4
@@ -94,7 +94,7 @@ def equal_prefix(one: Sequence[int], other: Sequence[int]) -> int:
 def continue_greedily(model: Any, prompts: list[list[int]], ends: list[int]) -> list[list[int]]:
     """Up to ANSWER_TOKENS likeliest tokens after each prompt, in one batch; an end token is the last of its answer."""
     longest = max(len(p) for p in prompts)
-    device = next(model.parameters()).device
+    device = device_of(model)
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
     out: list[list[int]] = [[] for _ in prompts]
