@@ -1,8 +1,8 @@
 """Tokenised data that jobs and dry runs leave for those that come after: a file each below LORRY_DATA_DIR/tokens.
 
 A file is an Arrow stream (counts in its schema's metadata, training rows before evaluation rows), and behind it the SHA-256 of
-all that. It is made once: who needs the same rows meanwhile waits and reads them. Rows that were read are mapped, so that
-the processes of a job have them in memory once.
+all that. It is made once: who needs the same rows meanwhile waits and reads them. A file is read as a whole and not mapped:
+on a file system that hosts share, one that another host removes would take the mapping, and the job, with it.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class TokenCache:
 
     def __init__(self, folder: Path, limit: int) -> None:
         self.limit = limit
-        self.cache = Cache(folder, limit, grace=0)  # what is mapped stays readable when it is removed
+        self.cache = Cache(folder, limit, grace=0)  # who reads a file has it locked
 
     @classmethod
     def of(cls, settings: Settings) -> TokenCache:
@@ -112,11 +112,12 @@ class TokenCache:
 
 
 def _read(path: Path) -> Rows | None:
-    """The rows of a file, mapped; None if it is not there or not as it was written."""
+    """The rows of a file; None if it is not there or not as it was written."""
     import pyarrow as pa
 
     try:
-        buffer = pa.memory_map(str(path)).read_buffer()
+        with pa.OSFile(str(path)) as file:
+            buffer = file.read_buffer()
         size = buffer.size - _DIGEST
         if size <= 0 or hashlib.sha256(memoryview(buffer)[:size]).digest() != buffer.slice(size).to_pybytes():
             log.warning("%s is damaged; the data are tokenised again", path)
