@@ -1,7 +1,8 @@
-"""What was fetched from an object store, on this machine's disk: whole or not there, and not more than a limit.
+"""What can be had again, on this machine's disk: whole or not there, and not more than a limit.
 
-Each thing has a note in .cache/: what it was fetched from, how large it is, and by its time when it was last used. The
-note is also its lock, shared by those who read the thing and taken by who fetches or removes it; a lock ends with its
+That is what was fetched from an object store (`using`), and what is made here for those to come (`reading`, `making`). Each
+thing has a note in .cache/: what it was fetched from, how large it is, and by its time when it was last used. The
+note is also its lock, shared by those who read the thing and taken by who fetches, makes or removes it; a lock ends with its
 process, so a crash leaves none.
 """
 
@@ -29,10 +30,13 @@ Listing = dict[str, list[Any]]  # [bytes, version] of each file by its path belo
 
 
 class Cache:
-    """The things below `root` that may be removed, since the store has them. Safe with any number of processes."""
+    """The things below `root` that may be removed, since they can be had again. Safe with any number of processes.
 
-    def __init__(self, root: Path, limit: int) -> None:
-        self.root, self.limit = root, limit
+    `grace`: seconds after its use in which a thing stays, whatever the limit; None is a minute.
+    """
+
+    def __init__(self, root: Path, limit: int, grace: float | None = None) -> None:
+        self.root, self.limit, self.grace = root, limit, grace
 
     @contextmanager
     def using(
@@ -55,6 +59,38 @@ class Cache:
             self.shrink()
             yield target
             os.utime(note.fileno())
+
+    @contextmanager
+    def reading(self, key: str) -> Iterator[Path]:
+        """The place of a thing that `making` may have put there; for as long as the block lasts nobody removes it."""
+        with self._locked(key, fcntl.LOCK_SH) as note:
+            yield self.root / key
+            os.utime(note.fileno())
+
+    @contextmanager
+    def making(self, key: str) -> Iterator[tuple[Path, Path]]:
+        """A thing's place and another beside it: what was written there by the block's end takes the place, whole.
+
+        Nobody else reads or makes the thing meanwhile, so who comes second finds it there. Raises OSError on entering;
+        what goes wrong in taking the place is logged, and the place stays as it was.
+        """
+        target, staging = self.root / key, self._parts / f"{os.getpid()}-{os.urandom(6).hex()}"
+        with self._locked(key, fcntl.LOCK_EX) as note:
+            self._parts.mkdir(parents=True, exist_ok=True)
+            try:
+                yield target, staging
+                with _logged(f"{key} could not be kept"):
+                    if staging.exists():
+                        _write(note, {"": [staging.stat().st_size, ""]})  # first: counted rather twice than never
+                        target.parent.mkdir(parents=True, exist_ok=True)
+                        os.replace(staging, target)
+                    os.utime(note.fileno())
+            finally:
+                with _logged(f"{staging} could not be removed"):
+                    remove(staging)
+                    if not target.exists():
+                        self._note(key).unlink(missing_ok=True)
+        self.shrink()
 
     def adopt(self, path: Path, key: str, listing: Listing) -> None:
         """Take a thing that is here because it was made here, and is stored by now, from `path` to its place."""
@@ -79,8 +115,9 @@ class Cache:
         notes = self.notes()
         total = sum(size for _, size, _ in notes)
         now = time.time()
+        grace = _GRACE if self.grace is None else self.grace
         for used, size, key in sorted(notes):
-            if total <= self.limit or now - used < _GRACE:
+            if total <= self.limit or now - used < grace:
                 break
             if self._drop(key):
                 total -= size
@@ -153,6 +190,14 @@ class Cache:
                     continue
                 yield note
                 return
+
+
+@contextmanager
+def _logged(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        log.warning("%s: %s", what, error)
 
 
 def _read(note: BinaryIO) -> Any:

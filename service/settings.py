@@ -46,6 +46,11 @@ class Settings(BaseSettings):
         ge=0,
         description="What was fetched from LORRY_DATA_DIR and is not in use stays in LORRY_CACHE_DIR up to this many bytes, the last used longest.",
     )
+    token_cache_bytes: int = Field(
+        10 * 1024**3,
+        ge=0,
+        description="Data that jobs and dry runs have tokenised stay in the data folder up to this many bytes, the last used longest, and are read there the next time; 0: every run tokenises for itself.",
+    )
     database_url: str | None = Field(
         None,
         description="SQLAlchemy URL, e.g. postgresql+psycopg://user:password@host/db. Default: lorry.db in the data folder.",
@@ -153,7 +158,7 @@ class Settings(BaseSettings):
         60.0, gt=0, description="How long a worker may take to checkpoint its job when told to stop."
     )
     torch_threads: int = Field(
-        0, ge=0, description="CPU threads of training and of the engine; 0 leaves torch's choice."
+        0, ge=0, description="CPU threads of training, of tokenising and of the engine; 0 leaves the libraries' choice."
     )
     sse_ping_seconds: float = Field(15.0, gt=0, description="Interval of SSE comments that keep idle connections open.")
     slow_reader_seconds: float = Field(
@@ -277,6 +282,11 @@ class Settings(BaseSettings):
     @property
     def models_dir(self) -> Path:
         return self.data_dir / "models"
+
+    @property
+    def tokens_dir(self) -> Path:
+        """Where tokenised data are kept; nothing but a cache, and this machine's also if the data root is a URL."""
+        return self.data_dir / "tokens"
 
     def job_dir(self, job_id: str) -> Path:
         """Run folder of a job: checkpoints, TensorBoard files, log."""

@@ -157,15 +157,16 @@ def run_recipe(
     parent: Path | None = None,
     ask_at: tuple[int, Ask] | None = None,
     devices: list[str] | None = None,
+    data_dir: Path | None = None,
 ) -> Run:
     """Run a spec's recipe in `folder` (again, to go on from its checkpoints) and return how it went.
 
-    With `devices` in a process for each, else in this one.
+    With `devices` in a process for each, else in this one. `data_dir`: a data folder shared with other runs.
     """
     spec = dict(spec)
     base = spec["model"]["name"] if "model" in spec else str(spec.pop("base"))  # an export's base is its adapter's
     parsed = parse_spec(spec)
-    settings = Settings(data_dir=folder / "data")
+    settings = Settings(data_dir=data_dir or folder / "data")
     paths = Paths(run_dir=folder / "run", out_dir=folder / "out", base=base, file=file, parent=parent)
     paths.run_dir.mkdir(parents=True, exist_ok=True)
     progress = Recorder(ask_at=ask_at)

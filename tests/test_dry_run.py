@@ -62,8 +62,9 @@ def stored(api: Api) -> dict[str, int]:
 
 
 def files_of(api: Api) -> set[str]:
-    root = api.settings.data_dir
-    return {str(p.relative_to(root)) for p in root.rglob("*") if not p.name.startswith("lorry.db")}
+    """What is in the data folder, but for the database's files and the cache of tokenised data."""
+    found = {str(p.relative_to(api.settings.data_dir)) for p in api.settings.data_dir.rglob("*")}
+    return {name for name in found if not name.startswith("lorry.db") and name.partition("/")[0] != "tokens"}
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +100,10 @@ def test_what_it_says_is_what_the_job_then_reports(trained: dict[str, Any], serv
     assert report["steps"]["tokens"] == pytest.approx(
         job["progress"]["tokens"], rel=0.2
     )  # which rows come first is chance
+
+
+def test_what_it_tokenised_is_there_for_the_job(trained: dict[str, Any]) -> None:
+    assert trained["job"]["runs"][-1]["record"]["preparation"]["cache"] == "hit"
 
 
 def test_the_disk_it_names_holds_the_checkpoints_that_the_job_writes(trained: dict[str, Any], host: Host) -> None:

@@ -114,6 +114,9 @@ def test_a_pause_stops_both_and_either_number_goes_on(tiny_base: Path, tmp_path:
     assert (again.outcome.ended, again.progress.resumed_from) == ("pause", 2)
     alone = run_recipe(with_accumulation(spec, 2), tmp_path / "two", file=file)
     assert (alone.outcome.ended, alone.progress.resumed_from) == ("done", 3)
+    # All of them from what one process of the first attempt has tokenised.
+    assert [run.progress.records["preparation"]["cache"] for run in (again, alone)] == ["hit", "hit"]
+    assert len(list((tmp_path / "two" / "data" / "tokens").glob("*.arrow"))) == 1
     assert alone.progress.eval_losses[3] == pytest.approx(one.progress.eval_losses[3], abs=1e-4)
     for run in (paused, again, alone):
         for step, loss in run.progress.losses.items():

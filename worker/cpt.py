@@ -9,7 +9,7 @@ from worker import model as models
 from worker.auto_batch import free_bytes
 from worker.base_model import load_tokenizer
 from worker.checkpointing import choose, of_checkpoints
-from worker.data import prepare
+from worker.data import TokenCache, prepare
 from worker.fit import Build, fit
 from worker.outcome import Context, Outcome, check
 
@@ -24,8 +24,10 @@ def run(spec: CptSpec, context: Context) -> Outcome:
     # Data first: a bad row must not cost a model's load.
     progress.phase("data")
     tokenizer = load_tokenizer(paths.base, spec.model, **context.hub)
-    data = prepare(spec, tokenizer, file=paths.file, eval_file=paths.eval_file, token=context.token)
-    progress.record({"data": {**data.report, "fingerprint": data.fingerprint}, "template": data.template.fingerprint})
+    kept = TokenCache.of(context.settings)
+    data = prepare(spec, tokenizer, file=paths.file, eval_file=paths.eval_file, token=context.token, kept=kept)
+    progress.record(data.record)
+    progress.log(data.said)
     check(progress)
 
     progress.phase("model")

@@ -2,7 +2,7 @@
 
 One request as JSON on stdin, one report as JSON on stdout, the hub token in HF_TOKEN. No database, no weights loaded; data
 is read and checked by the code that a job's is, so that what it says is what the job will say. What it leaves is what is
-kept anyway: the hub's cache, the cache of an object store, the unpacked built-in base.
+kept anyway: the hub's cache, the caches of an object store and of tokenised data, the unpacked built-in base.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _training(
 ) -> None:
     """Fill in the report of a training as far as it gets. Raises JobFailure where the job would."""
     from worker.base_model import load_tokenizer, resolve
-    from worker.data import prepare
+    from worker.data import TokenCache, prepare
 
     settings = request.settings
     base = resolve(request.base, settings)
@@ -85,7 +85,7 @@ def _training(
     eval_file = use(request, held, request.eval_file, "invalid_data", "dataset.eval_file_id: the file's bytes are gone")
     parent = use(request, held, request.parent, "adapter_not_found", "the files of its adapter are gone")
     tokenizer = load_tokenizer(base, spec.model, **hub)
-    data = prepare(spec, tokenizer, file=file, eval_file=eval_file, token=token)
+    data = prepare(spec, tokenizer, file=file, eval_file=eval_file, token=token, kept=TokenCache.of(settings))
     report["data"] = {**data.report, "fingerprint": data.fingerprint}
 
     # A parent's matrices that stay beside the new ones: frozen in memory with 'stack', in the adapter with 'merge', too.

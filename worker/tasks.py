@@ -284,13 +284,14 @@ def _says(text: str, signs: tuple[str, ...]) -> bool:
 
 def prepare_process(settings: Settings) -> None:
     """What must be set before torch and the hub libraries are imported."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "")  # off but where worker/data/threads.py has it on
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str((settings.data_dir / "unsloth_compiled_cache").absolute()))
     if settings.torch_threads:
         os.environ["OMP_NUM_THREADS"] = str(settings.torch_threads)
+        os.environ["RAYON_NUM_THREADS"] = str(settings.torch_threads)  # the tokenizers library's
         import torch
 
         torch.set_num_threads(settings.torch_threads)

@@ -41,8 +41,8 @@ _ROOT = Path(__file__).resolve().parents[2]
 _RUNS = 5  # of which the speed is the median, newest first
 _LOOK = 50  # jobs looked at for them
 # Of the settings, what the child needs. It gets no key, no database and no queue.
-_SETTINGS = ("data_dir", "storage_url", "storage_options", "cache_bytes", "base_model", "trust_remote_code",
-             "llama_cpp_dir", "torch_threads", "train_memory_fraction")  # fmt: skip
+_SETTINGS = ("data_dir", "storage_url", "storage_options", "cache_bytes", "token_cache_bytes", "base_model",
+             "trust_remote_code", "llama_cpp_dir", "torch_threads", "train_memory_fraction")  # fmt: skip
 
 
 class DryRuns:

@@ -4,11 +4,13 @@ uploads.py, hub.py   where rows come from
 stored.py            the spec's template and the tokenizer → StoredTemplate
 render.py            a row → text in segments, checked
 split.py             which rows, and on which side
-tokenise.py          text → ids and labels, windows, fingerprint
+tokenise.py          text → ids and labels, windows, fingerprint; threads.py: on all cores
+identity.py kept.py  what the result depends on, and the results that are kept under it
 """
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +19,17 @@ from service.errors import JobFailure
 from service.specs import CptSpec, IftSpec
 from service.templates import StoredTemplate
 from worker.data.hub import read_hub
+from worker.data.identity import Unfit, identify
+from worker.data.kept import Rows, TokenCache
 from worker.data.problems import Problems, RowError, missing_columns
 from worker.data.render import Renderer, Segments
 from worker.data.split import choose, split
 from worker.data.stored import base_template, configure, store_template
+from worker.data.threads import all_cores
 from worker.data.tokenise import Encoder, Sequences, answer_sequences, fingerprint, text_sequences
 from worker.data.uploads import Source, read_upload
 
-__all__ = ["Prepared", "base_template", "configure", "prepare", "store_template"]
+__all__ = ["Prepared", "TokenCache", "base_template", "configure", "prepare", "store_template"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,22 @@ class Prepared:
     template: StoredTemplate
     fingerprint: str
     report: dict[str, Any]
+    preparation: dict[str, Any]  # seconds; cache: hit, miss, or off with `why`
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """For the run's record."""
+        data = {**self.report, "fingerprint": self.fingerprint}
+        return {"data": data, "preparation": self.preparation, "template": self.template.fingerprint}
+
+    @property
+    def said(self) -> str:
+        """For the run's log."""
+        how = {"hit": "read from the token cache", "miss": "tokenised", "off": "tokenised, not kept"}
+        tokens = self.report["train_tokens"] + self.report["eval_tokens"]
+        p = self.preparation
+        why = f": {p['why']}" if "why" in p else ""
+        return f"data: {tokens} tokens, {how[p['cache']]} in {p['seconds']:.1f} s{why}"
 
 
 def prepare(
@@ -45,21 +66,65 @@ def prepare(
     file: Path | None,
     eval_file: Path | None = None,
     token: str | None = None,
+    kept: TokenCache | None = None,
 ) -> Prepared:
     """Make a spec's data ready. `file` and `eval_file` are the uploads the spec names, `token` opens gated hub sets.
 
+    With `kept` data that were made ready before are read from there, and others are left there; what comes of it is the same.
     The tokenizer gets the chat template and the EOS of the stored template, so that what is saved with it agrees.
 
     Raises JobFailure: invalid_data (with `rows`), invalid_spec, dataset_not_found, hub_error.
     """
+    begun = time.monotonic()
     template = store_template(spec.dataset.template, tokenizer)
+    instructions = isinstance(spec, IftSpec)
+    renderer = Renderer(template, answers=instructions, every_turn=spec.training.train_on_responses_only)
+    if any(f is not None and f.suffix.lower() == ".txt" for f in (file, eval_file)) and instructions:
+        raise JobFailure("invalid_data", "a .txt file is one text, for continued pre-training; instructions need rows")
+    problems = Problems()
+    if file is not None:
+        source = read_upload(file, problems, renderer.columns)
+    else:
+        source = read_hub(spec.dataset, renderer.columns, token)
+
+    def make() -> Rows:
+        with all_cores():
+            return _make(spec, tokenizer, renderer, source, problems, file, eval_file)
+
+    how: dict[str, Any] = {}
+    try:
+        if kept is None or not kept.limit:
+            raise Unfit("LORRY_TOKEN_CACHE_BYTES is 0")
+        rows, found = kept.get(identify(spec, tokenizer, template, source, file, eval_file), make)
+        how["cache"] = "hit" if found else "miss"
+    except Unfit as reason:
+        rows, how = make(), {"cache": "off", "why": str(reason)}
+    configure(tokenizer, template)
+    return Prepared(
+        train=rows.train(),
+        eval=rows.eval(),
+        template=template,
+        fingerprint=rows.fingerprint,
+        report=rows.report,
+        preparation={**how, "seconds": round(time.monotonic() - begun, 3)},
+    )
+
+
+def _make(
+    spec: CptSpec | IftSpec,
+    tokenizer: Any,
+    renderer: Renderer,
+    source: Source,
+    problems: Problems,
+    file: Path | None,
+    eval_file: Path | None,
+) -> Rows:
+    """Read, check, render, choose, split and tokenise. Raises JobFailure."""
+    import pyarrow as pa
+
     cpt = isinstance(spec, CptSpec)
     masked = spec.training.train_on_responses_only
-    renderer = Renderer(template, answers=not cpt, every_turn=masked)
-    if any(f is not None and f.suffix.lower() == ".txt" for f in (file, eval_file)) and not cpt:
-        raise JobFailure("invalid_data", "a .txt file is one text, for continued pre-training; instructions need rows")
-    rows, columns = _rows(spec, renderer, file, token)
-
+    rows, columns = _rows(spec, renderer, source, problems, file)
     encoder, size = Encoder(tokenizer), spec.model.max_seq_length
 
     def sequences(some: list[Segments]) -> Sequences:
@@ -84,7 +149,6 @@ def prepare(
         sides = counted = [sequences([rows[i] for i in side]) for side in split(len(rows), spec.dataset)]
     train, held = sides
     _check_left(train, held, counted, spec)
-    configure(tokenizer, template)
     total = sum(side.rows for side in counted)
     report = {
         "rows": total,
@@ -101,13 +165,8 @@ def prepare(
         "mean_tokens": round(sum(side.row_tokens for side in counted) / total, 1),
         "columns": columns,
     }
-    return Prepared(
-        train=train.dataset(),
-        eval=held.dataset() if held.ids else None,
-        template=template,
-        fingerprint=fingerprint([("train", train), ("eval", held)]),
-        report=report,
-    )
+    table = pa.concat_tables([train.table(), held.table()])
+    return Rows(table, len(train.ids), fingerprint([("train", train), ("eval", held)]), report)
 
 
 def _eval_rows(renderer: Renderer, file: Path) -> list[Segments]:
@@ -121,14 +180,9 @@ def _eval_rows(renderer: Renderer, file: Path) -> list[Segments]:
 
 
 def _rows(
-    spec: CptSpec | IftSpec, renderer: Renderer, file: Path | None, token: str | None
+    spec: CptSpec | IftSpec, renderer: Renderer, source: Source, problems: Problems, file: Path | None
 ) -> tuple[list[Segments], list[str]]:
     """The chosen rows as text, and the columns there are. Raises JobFailure."""
-    problems = Problems()
-    if file is not None:
-        source = read_upload(file, problems, renderer.columns)
-    else:
-        source = read_hub(spec.dataset, renderer.columns, token)
     rows, columns = _read(source, renderer, problems)
     if file is not None and file.suffix.lower() != ".txt":
         chosen = choose(len(rows), spec.dataset.max_samples, spec.dataset.seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,19 +30,35 @@ def read_hub(spec: DatasetSpec, wanted: list[str], token: str | None) -> Source:
     if used:
         data = data.select_columns(used)
 
+    def pick() -> tuple[list[int] | None, Any]:
+        chosen = choose(len(data), spec.max_samples, spec.seed)
+        return chosen, data if chosen is None else data.select(chosen)
+
+    def digest() -> str:
+        """SHA-256 over the rows that are used, in Arrow's own form."""
+        found = hashlib.sha256()
+        for table in pick()[1].with_format("arrow").iter(batch_size=1000):
+            found.update(table.schema.serialize())
+            for batch in table.combine_chunks().to_batches():
+                found.update(batch.serialize())
+        return found.hexdigest()
+
     def rows() -> Iterator[Row]:
         if spec.streaming:
             assert spec.max_samples is not None
             yield from enumerate(data.take(spec.max_samples), 1)
             return
-        chosen = choose(len(data), spec.max_samples, spec.seed)
-        picked = data if chosen is None else data.select(chosen)
+        chosen, picked = pick()
         numbers = iter(range(len(data)) if chosen is None else chosen)
         for batch in picked.iter(batch_size=1000):
             for values in zip(*batch.values(), strict=True):
                 yield next(numbers) + 1, dict(zip(batch, values, strict=True))
 
-    return Source(_guarded_rows(spec, local, token, rows()), columns)
+    return Source(
+        _guarded_rows(spec, local, token, rows()),
+        columns,
+        None if spec.streaming else lambda: _guard(spec, local, token, digest, reading=True),
+    )
 
 
 def _local(path: str) -> tuple[str, bool]:

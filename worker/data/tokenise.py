@@ -161,16 +161,12 @@ class Sequences:
             for values in column:
                 digest.update(np.ascontiguousarray(values, dtype="<i4").tobytes())
 
-    def dataset(self) -> Any:
-        """A datasets.Dataset with input_ids and labels."""
-        import datasets
+    def table(self) -> Any:
+        """A pyarrow.Table with input_ids, and with labels where they are not the ids."""
         import pyarrow as pa
 
-        ids = _column(self.ids)
-        # The same buffers twice: labels that are the ids take no memory of their own.
-        return datasets.Dataset(
-            pa.table({"input_ids": ids, "labels": ids if self.labels is None else _column(self.labels)})
-        )
+        columns = {"input_ids": self.ids, **({} if self.labels is None else {"labels": self.labels})}
+        return pa.table({name: _column(values) for name, values in columns.items()})
 
 
 def trained(labels: Ids) -> int:

@@ -6,7 +6,7 @@ import csv
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,15 @@ FORMATS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 
 @dataclass
 class Source:
-    """Rows to come. `columns` is None where only the rows themselves tell them."""
+    """Rows to come. `columns` is None where only the rows themselves tell them.
+
+    `digest` gives the SHA-256 of all that the rows hold, without using them up; uploads are known by their files' instead,
+    and a stream has none.
+    """
 
     rows: Iterator[Row]
     columns: list[str] | None = None
+    digest: Callable[[], str] | None = None
 
 
 def read_upload(file: Path, problems: Problems, wanted: list[str]) -> Source:
