@@ -6,6 +6,7 @@ import gc
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from worker.model import load_weights, on_gpu
 from worker.outcome import Ask, Interrupted, Progress
 from worker.passes import Capacity, collate, passes_of, trained_tokens
 from worker.reporter import Reporter
+from worker.split_weights import SplitWeights, embeddings_of
 
 SaveAdapter = Callable[[Path, int], None]  # (folder, step): write the adapter as it is now
 Narrowed = Callable[[str, Capacity, str], None]  # ("training" | "evaluation", what is left, the error's first line)
@@ -97,6 +99,7 @@ class LorryTrainer(UnslothTrainer):  # type: ignore[misc, unused-ignore]
         capacity: Capacity,
         eval_capacity: Capacity,
         narrowed: Narrowed,
+        split_embeddings: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(data_collator=collate, **kwargs)
@@ -113,6 +116,19 @@ class LorryTrainer(UnslothTrainer):  # type: ignore[misc, unused-ignore]
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+        self.split = SplitWeights(embeddings_of(self.model)) if split_embeddings else None
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if self.split and fresh:
+            self.split.attach(optimizer)
+        return optimizer
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        if self.split:
+            return self.split.clip(model.parameters(), self.args.max_grad_norm)
+        return super()._clip_grad_norm(model)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The next step's rows and how many of their tokens are trained."""
@@ -177,7 +193,17 @@ class LorryTrainer(UnslothTrainer):  # type: ignore[misc, unused-ignore]
         return 0  # nobody reads it, and it counts all parameters anew at every step
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        self.save_adapter(Path(output_dir or self.args.output_dir), self.state.global_step)
+        self.save_to(Path(output_dir or self.args.output_dir), self.state.global_step)
+
+    def save_to(self, folder: Path, step: int) -> None:
+        """Write the adapter as it is now, in float32 whatever it is held in."""
+        with self.split.joined() if self.split else nullcontext():
+            self.save_adapter(folder, step)
+
+    def load(self, folder: Path) -> None:
+        """Load the trainable matrices, embeddings included; every tensor must find its place."""
+        with self.split.joined(take_back=True) if self.split else nullcontext():
+            load_weights(self.model, trainable_part(folder))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write the checkpoint beside its place, sync, rename, then delete the oldest beyond the limit."""
@@ -247,8 +273,7 @@ class LorryTrainer(UnslothTrainer):  # type: ignore[misc, unused-ignore]
         return metrics
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load the trainable matrices, embeddings included; every tensor must find its place."""
-        load_weights(self.model, trainable_part(Path(resume_from_checkpoint)))
+        self.load(Path(resume_from_checkpoint))
 
     def restore_pending_loss(self, checkpoint: Path) -> None:
         """Go on with the loss summed since the last logged point before `checkpoint`."""
@@ -259,7 +284,7 @@ class LorryTrainer(UnslothTrainer):  # type: ignore[misc, unused-ignore]
     def _load_best_model(self) -> None:
         # By its step: a folder restored from a backup may lie elsewhere than the state in its checkpoints says.
         best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
-        load_weights(self.model, trainable_part(best))
+        self.load(best)
 
 
 def train(trainer: LorryTrainer, spec: CptSpec | IftSpec, progress: Progress, checkpoints: Path) -> Ask | None:
