@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from service.specs import CptSpec, IftSpec
-from worker import adapter_io, record, verify
+from worker import adapter_io, record, split_weights, verify
 from worker import model as models
 from worker import trainer as trainers
 from worker.checkpointing import Checkpointing
@@ -132,6 +132,7 @@ def train_and_save(
         eval_capacity=eval_capacity,
         narrowed=narrowed,
         ranks=context.ranks,
+        split_embeddings=split_weights.wanted(spec.lora.train_embeddings, args),
     )
     groups = check_optimizer(trainer, spec)
     used = str(getattr(args.optim, "value", args.optim))
@@ -169,7 +170,7 @@ def train_and_save(
 
     progress.phase("saving")
     with whole_folder(paths.out_dir) as folder:
-        save_adapter(folder, result["step"])
+        trainer.save_to(folder, result["step"])
     progress.record({"peak_memory_bytes": record.peak_memory()})
     return Trained(result, probe[0], next_token_logprobs(model, probe[0]))
 

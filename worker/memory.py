@@ -21,8 +21,11 @@ Device = Literal["cuda", "cpu"]
 # bitsandbytes NF4 with double quantisation: half a byte, a byte of scale for each 64 weights, and for each 256 of those
 # a float32. (bitsandbytes.functional.quantize_4bit, compress_statistics)
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-# Trained weights and their gradients are float32 (docs/decisions/0003).
-TRAINED_BYTES = 4
+# Trained weights and their gradients are float32 (docs/decisions/0003). Of embeddings the GPU holds 16 bits where a run is
+# checkpointed and its optimiser is one of these, whose update goes weight by weight or block by block with two states
+# each (worker/split_weights.py, docs/decisions/0019). A GPU that cannot compute in bfloat16 has no such halves.
+TRAINED_BYTES, SPLIT_BYTES = 4, 2
+SPLIT_OPTIMIZERS = ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
 # Bytes of optimiser state a trained weight. 8-bit states have two float32 scales for each 256 weights
 # (bitsandbytes.optim.optimizer, init_state). Paged states lie in unified memory, which the host lends when the GPU is
 # full. Adafactor keeps a row and a column for a matrix.
@@ -105,20 +108,23 @@ def estimate(
     device: Device = "cuda",
     checkpointing: bool = True,
     frozen_adapter_bytes: int = 0,
-    embedding_bytes: int = TRAINED_BYTES,
+    embedding_bytes: int | None = None,
     keeps_tied: bool = False,
 ) -> Estimate:
     """The peak of a run whose largest pass has `tokens` tokens (rows × longest row, padding included).
 
     It stands in a pass that is not its step's first, when all gradients are there. `frozen_adapter_bytes`: a parent that
-    init.mode 'stack' keeps beside the new LoRA. `embedding_bytes` and `keeps_tied` describe scripts that train the
-    embeddings in another type, or a tied pair as one matrix, as measurements of such scripts need.
+    init.mode 'stack' keeps beside the new LoRA. `embedding_bytes` (None: as a run holds them) and `keeps_tied` describe
+    scripts that train the embeddings in another type, or a tied pair as one matrix, as measurements of such scripts need.
     Raises NoEstimate for a target module that the shape does not have.
     """
     if missing := shape.missing(spec.lora.target_modules):
         raise NoEstimate(f"no estimate for LoRA on {', '.join(missing)}")
     gpu, embeds = device == "cuda", spec.lora.train_embeddings
     held = 4 if spec.model.dtype == "float32" or (spec.model.dtype == "auto" and not gpu) else 2
+    if embedding_bytes is None:
+        halves = gpu and held == 2 and checkpointing and spec.model.dtype != "float16"
+        embedding_bytes = SPLIT_BYTES if halves and spec.training.optim in SPLIT_OPTIMIZERS else TRAINED_BYTES
     one = keeps_tied and shape.tied
     matrices = 0 if not embeds else 1 if one else 2
     lora = shape.lora(spec.lora.target_modules, spec.lora.r)

@@ -7,6 +7,7 @@ from typing import Any
 from service.errors import JobFailure
 from service.specs import CptSpec, IftSpec
 from worker.model import EMBEDDINGS
+from worker.split_weights import DTYPE
 
 
 def check_optimizer(trainer: Any, spec: CptSpec | IftSpec) -> list[dict[str, Any]]:
@@ -33,6 +34,7 @@ def check_optimizer(trainer: Any, spec: CptSpec | IftSpec) -> list[dict[str, Any
         want = spec.training.embedding_learning_rate if embeddings else spec.training.learning_rate
         if group["lr"] != want:
             raise JobFailure("internal_error", f"an optimiser group has learning rate {group['lr']}, not {want}")
+        split = trainer.split and group["params"][0] in trainer.split.low
         group["lorry_embeddings"] = bool(embeddings)
         groups.append(
             {
@@ -41,7 +43,7 @@ def check_optimizer(trainer: Any, spec: CptSpec | IftSpec) -> list[dict[str, Any
                 "tensors": len(members),
                 "parameters": sum(p.numel() for p in group["params"]),
                 "modules": sorted(embeddings) or sorted({n.split(".lora_")[0].rsplit(".", 1)[-1] for n in lora}),
-                "dtype": str(group["params"][0].dtype).removeprefix("torch."),
+                "dtype": DTYPE if split else str(group["params"][0].dtype).removeprefix("torch."),
             }
         )
     found = {m for g in groups for m in g["modules"]}

@@ -6,6 +6,7 @@ import gc
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from worker.outcome import Ask, Interrupted, Progress
 from worker.passes import Capacity, collate, passes_of, take, trained_tokens
 from worker.ranks import ALONE, Ranks
 from worker.reporter import Reporter
+from worker.split_weights import SplitWeights, embeddings_of
 
 SaveAdapter = Callable[[Path, int], None]  # (folder, step): write the adapter as it is now
 Narrowed = Callable[[str, Capacity, str], None]  # ("training" | "evaluation", what is left, the error's first line)
@@ -99,9 +101,12 @@ class LorryTrainer(UnslothTrainer):  # type: ignore[misc, unused-ignore]
         eval_capacity: Capacity,
         narrowed: Narrowed,
         ranks: Ranks,
+        split_embeddings: bool = False,
         **kwargs: Any,
     ) -> None:
-        before = {p: p.data for p in kwargs["model"].parameters() if p.requires_grad}
+        self.split = SplitWeights(embeddings_of(kwargs["model"])) if split_embeddings else None
+        held = self.split.low if self.split else {}
+        before = {p: p.data for p in kwargs["model"].parameters() if p.requires_grad and p not in held}
         super().__init__(data_collator=collate, **kwargs)
         # TRL casts the trainable weights of a 4-bit model to bfloat16, where a step of 1e-5 on an embedding is lost to
         # rounding, and what a parent adapter has learnt beyond that type. Optimiser and weights stay in float32, as Unsloth
@@ -118,6 +123,18 @@ class LorryTrainer(UnslothTrainer):  # type: ignore[misc, unused-ignore]
         self.staging = Path(self.args.output_dir) / f"{STAGING}.{os.urandom(4).hex()}"
         self.keep = save_total_limit
         self.tokens = 0  # of all rows so far, without padding
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if self.split and fresh:
+            self.split.attach(optimizer)
+        return optimizer
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        if self.split:
+            return self.split.clip(model.parameters(), self.args.max_grad_norm)
+        return super()._clip_grad_norm(model)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The next step's rows and how many of their tokens are trained."""
@@ -208,7 +225,17 @@ class LorryTrainer(UnslothTrainer):  # type: ignore[misc, unused-ignore]
         return 0  # nobody reads it, and it counts all parameters anew at every step
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        self.save_adapter(Path(output_dir or self.args.output_dir), self.state.global_step)
+        self.save_to(Path(output_dir or self.args.output_dir), self.state.global_step)
+
+    def save_to(self, folder: Path, step: int) -> None:
+        """Write the adapter as it is now, in float32 whatever it is held in."""
+        with self.split.joined() if self.split else nullcontext():
+            self.save_adapter(folder, step)
+
+    def load(self, folder: Path) -> None:
+        """Load the trainable matrices, embeddings included; every tensor must find its place."""
+        with self.split.joined(take_back=True) if self.split else nullcontext():
+            load_weights(self.model, trainable_part(folder))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write the checkpoint beside its place, sync, rename, then delete the oldest beyond the limit."""
@@ -284,8 +311,7 @@ class LorryTrainer(UnslothTrainer):  # type: ignore[misc, unused-ignore]
         return metrics
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load the trainable matrices, embeddings included; every tensor must find its place."""
-        load_weights(self.model, trainable_part(Path(resume_from_checkpoint)))
+        self.load(Path(resume_from_checkpoint))
 
     def restore_pending_loss(self, checkpoint: Path) -> None:
         """Go on with the loss summed since the last logged point before `checkpoint`."""
@@ -296,7 +322,7 @@ class LorryTrainer(UnslothTrainer):  # type: ignore[misc, unused-ignore]
     def _load_best_model(self) -> None:
         # By its step: a folder restored from a backup may lie elsewhere than the state in its checkpoints says.
         best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
-        load_weights(self.model, trainable_part(best))
+        self.load(best)
 
 
 class OriginalsOffDevice(TrainerCallback):  # type: ignore[misc, unused-ignore]
