@@ -10,6 +10,29 @@ from worker.model import EMBEDDINGS
 from worker.split_weights import DTYPE
 
 
+def page_states(optimizer: Any) -> None:
+    """Put an optimiser's states back into unified memory where it is a paged one of bitsandbytes'.
+
+    Those that were loaded from a checkpoint lie on the GPU, whose memory the run had without them. Call after loading.
+    """
+    import torch
+
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+    if not getattr(inner, "is_paged", False) or not torch.cuda.is_available():
+        return
+    from bitsandbytes.functional import get_paged
+
+    for parameter, state in inner.state.items():
+        for name, values in state.items():
+            # As bitsandbytes makes them: what is small stays on the GPU (Optimizer8bit.get_state_buffer).
+            if name in ("state1", "state2") and values.numel() >= 1e5 and not getattr(values, "is_paged", False):
+                paged = get_paged(*values.shape, dtype=values.dtype, device=parameter.device)
+                paged.copy_(values)
+                state[name] = paged
+                inner.page_mng.paged_tensors.append(paged)
+    torch.cuda.empty_cache()
+
+
 def check_optimizer(trainer: Any, spec: CptSpec | IftSpec) -> list[dict[str, Any]]:
     """Assert what each optimiser group holds and at which rate; mark the embeddings' groups; return what to record.
 

@@ -132,8 +132,8 @@ class SplitWeights:
             if self.gradient_scale is not None:
                 part.grad.mul_(self.gradient_scale)
             optimizer.state[part] = state | {
-                **{key: state[key].view(-1)[at] for key in PER_WEIGHT if key in state},
-                **{key: state[key][blocks] for key in PER_BLOCK if key in state},
+                **{key: _slice(state[key].view(-1), at, state[key]) for key in PER_WEIGHT if key in state},
+                **{key: _slice(state[key], blocks, state[key]) for key in PER_BLOCK if key in state},
                 "step": step,
             }
             try:
@@ -161,6 +161,14 @@ class SplitWeights:
             if parameter not in self.low:
                 parameter.grad.mul_(self.gradient_scale)
         return norm
+
+
+def _slice(values: torch.Tensor, at: slice, of: torch.Tensor) -> torch.Tensor:
+    """Values of a state, marked as in unified memory if it is: bitsandbytes' kernels take nothing else from the host."""
+    part = values[at]
+    if getattr(of, "is_paged", False):
+        part.is_paged, part.page_deviceid = True, of.page_deviceid
+    return part
 
 
 def embeddings_of(model: nn.Module) -> list[nn.Parameter]:

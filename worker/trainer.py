@@ -26,6 +26,7 @@ from worker.checkpoints import (
 )
 from worker.files import replace_folder, write_json
 from worker.model import load_weights, offload_originals, on_gpu
+from worker.optimizer import page_states
 from worker.outcome import Ask, Interrupted, Progress
 from worker.passes import Capacity, collate, passes_of, take, trained_tokens
 from worker.ranks import ALONE, Ranks
@@ -130,6 +131,10 @@ class LorryTrainer(UnslothTrainer):  # type: ignore[misc, unused-ignore]
         if self.split and fresh:
             self.split.attach(optimizer)
         return optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        page_states(self.optimizer)
 
     def _clip_grad_norm(self, model: Any) -> Any:
         if self.split:

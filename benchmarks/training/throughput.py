@@ -66,6 +66,7 @@ class Job(overhead.Job):
 
     def spec(self) -> dict[str, Any]:
         spec = overhead.make_spec(self.arguments, self.model, self.file_id)
+        spec["training"]["optim"] = self.arguments.optim
         spec["kind"] = self.arguments.kind
         spec["model"]["load_in_4bit"] = not self.arguments.sixteen_bit and self.arguments.size != "tiny"
         if self.arguments.kind == "ift":
@@ -93,6 +94,7 @@ def main() -> None:
     parser.add_argument("--checkpointing", choices=["auto", "true", "false"], default="auto", help="of the job")
     parser.add_argument("--sixteen-bit", action="store_true", help="base in bfloat16 instead of NF4")
     parser.add_argument("--no-embeddings", action="store_true", help="LoRA only")
+    parser.add_argument("--optim", default="adamw_8bit", help="of both")
     parser.add_argument("--pairs", type=int, default=1)
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--warm-up", type=int, default=4, help="steps not counted (compiling, first allocations)")

@@ -30,8 +30,14 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return texts(tmp_path_factory.mktemp("rows") / "cpt.jsonl", n=100)
 
 
-def spec_of(base: Path) -> dict[str, Any]:
-    training = {"max_steps": 12, "save_steps": 100, "embedding_learning_rate": 1e-5, "gradient_checkpointing": True}
+def spec_of(base: Path, **more: Any) -> dict[str, Any]:
+    training = {
+        **more,
+        "max_steps": 12,
+        "save_steps": 100,
+        "embedding_learning_rate": 1e-5,
+        "gradient_checkpointing": True,
+    }
     return cpt_spec(base, model={"load_in_4bit": True}, training=training)
 
 
@@ -86,10 +92,11 @@ def test_a_run_learns_what_it_would_in_float32_with_less_memory(
     assert peaks[True] < peaks[False]
 
 
-def test_a_paused_run_goes_on_as_if_nothing_happened(base: Path, rows: Path, tmp_path: Path) -> None:
-    whole = run_recipe(spec_of(base), tmp_path / "whole", file=rows)
-    paused = run_recipe(spec_of(base), tmp_path / "parts", file=rows, ask_at=(5, "pause"))
-    resumed = run_recipe(spec_of(base), tmp_path / "parts", file=rows)
+@pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_8bit"])
+def test_a_paused_run_goes_on_as_if_nothing_happened(base: Path, rows: Path, tmp_path: Path, optim: str) -> None:
+    whole = run_recipe(spec_of(base, optim=optim), tmp_path / "whole", file=rows)
+    paused = run_recipe(spec_of(base, optim=optim), tmp_path / "parts", file=rows, ask_at=(5, "pause"))
+    resumed = run_recipe(spec_of(base, optim=optim), tmp_path / "parts", file=rows)
     got = paused.progress.losses | resumed.progress.losses
     for step, loss in whole.progress.losses.items():
         assert got[step] == pytest.approx(loss, abs=1e-2)
