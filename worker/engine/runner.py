@@ -20,6 +20,7 @@ from worker import base_model
 from worker.data import base_template
 from worker.engine.adapters import BaseInfo, tokenizer_hash
 from worker.engine.cache import PagedCache
+from worker.engine.cpu.linear import CpuLinear
 from worker.engine.lora import LoraBank, segments
 from worker.engine.request import Request
 from worker.engine.sampling import Chosen
@@ -51,9 +52,17 @@ class ModelRunner:
         if self.device.type == "cuda":
             # cuDNN's attention plans anew for every shape, milliseconds a layer, and here every step has a new one.
             torch.backends.cuda.enable_cudnn_sdp(False)
-        self.dtype = _dtype(settings.engine_dtype, self.device)
         self.path = base_model.resolve(settings.base_model, settings)
-        self.model = _load_model(self.path, self.dtype, self.device, settings)
+        linear = _cpu_linear() if self.device.type == "cpu" and not kernels else None
+        self.dtype = _dtype(settings.engine_dtype, self.device)
+        held: torch.dtype | str = self.dtype
+        if linear is not None and not self.load_in_4bit:
+            # Computed in float32 from weights in any type: without a wish, in that of the files.
+            held = "auto" if settings.engine_dtype == "auto" else self.dtype
+            self.dtype = torch.float32
+        self.model = _load_model(self.path, held, self.device, settings)
+        if linear is not None and not self.load_in_4bit:
+            linear.widen(self.model)
         self.tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=settings.trust_remote_code)
         self.template = _template(self.tokenizer)
         config = self.model.config.get_text_config()
@@ -63,7 +72,9 @@ class ModelRunner:
         )
         self.eos_token_ids = _eos_ids(self.model, self.tokenizer)
         self.vocab_size = int(self.model.get_input_embeddings().weight.shape[0])
-        self.bank = LoraBank(self.model, self.model.get_output_embeddings())
+        self.bank = LoraBank(
+            self.model, self.model.get_output_embeddings(), linear if self.dtype == torch.float32 else None
+        )
         self.cache = PagedCache(BLOCK_SIZE, self.device)
         _attend_with(self.model, self.cache)
         self._probe(config.num_hidden_layers)
@@ -207,7 +218,15 @@ class ModelRunner:
             )
 
 
-def _load_model(path: str, dtype: torch.dtype, device: torch.device, settings: Settings) -> Any:
+def _cpu_linear() -> CpuLinear | None:
+    try:
+        return CpuLinear()
+    except OSError as error:
+        log.warning("linear layers are left to torch, at half the speed or less: %s", error)
+        return None
+
+
+def _load_model(path: str, dtype: torch.dtype | str, device: torch.device, settings: Settings) -> Any:
     kwargs: dict[str, Any] = {
         "dtype": dtype,
         "device_map": {"": device},
