@@ -67,7 +67,7 @@ def prepare(folder: Path, adapters: int, rank: int, prompt: int) -> None:
         (folder / "base").symlink_to(base.name)
     config = AutoConfig.from_pretrained(base)
     for i in range(adapters):
-        make_adapter(folder / f"lora-{i}", base, config.to_dict(), rank, seed=i, rslora=False)
+        make_adapter(folder / f"lora-{i}", folder / "base", config.to_dict(), rank, seed=i, rslora=False)
     same_length_rows(base, prompt + 1, PLACES, folder / "texts.jsonl")  # one more: they count an end token
     if importlib.util.find_spec("xllamacpp") is not None and not (folder / "base.gguf").exists():
         write_gguf(folder, base, adapters)

@@ -80,7 +80,7 @@ class LoraBank:
         """`kernel` computes the plain linear layers, adapters' updates included."""
         self.model = model
         self.head = head
-        self._kernel = kernel
+        self.kernel = kernel
         self.token_segments: list[Segment] = []
         self.row_segments: list[Segment] = []  # rows whose logits are wanted: what lm_head sees
         self._installed: set[str] = set()
@@ -97,8 +97,8 @@ class LoraBank:
                 module.forward = self._head_site(name, module, module.forward)
             elif isinstance(module, nn.Embedding):
                 module.forward = self._embedding_site(name, module, module.forward)
-            elif self._kernel is not None and self._kernel.takes(module):
-                module.forward = self._fused_site(name, module, self._kernel)
+            elif self.kernel is not None and self.kernel.takes(module):
+                module.forward = self._fused_site(name, module, self.kernel)
             else:
                 module.forward = self._linear_site(name, module.forward)
             self._installed.add(name)
@@ -107,11 +107,7 @@ class LoraBank:
         def forward(x: torch.Tensor) -> torch.Tensor:
             if not self.token_segments:
                 return kernel(module, x)
-            if x.shape[1] <= kernel.most_rows:
-                return kernel.updated(module, x, name, self.token_segments)
-            out = kernel(module, x)
-            _add_updates(name, self.token_segments, x, out)
-            return out
+            return kernel.updated(module, x, name, self.token_segments)
 
         return forward
 

@@ -20,6 +20,7 @@ from worker import base_model
 from worker.data import base_template
 from worker.engine.adapters import BaseInfo, tokenizer_hash
 from worker.engine.cache import PagedCache
+from worker.engine.cpu.decoder import CpuDecoder
 from worker.engine.cpu.linear import CpuLinear
 from worker.engine.lora import LoraBank, segments
 from worker.engine.request import Request
@@ -90,6 +91,7 @@ class ModelRunner:
         use = self.device.type == "cuda" if kernels is None else kernels
         self._graphs = self._released = False  # whether steps are captured; whether they have been given up
         self._gpu = self._gpu_steps(settings) if use else None
+        self._cpu = self._cpu_decoder() if self.bank.kernel is not None else None
         log.info(
             "base %s in %s on %s: %d cache blocks of %d tokens (%.0f MiB), up to %d tokens a request",
             self.name,
@@ -143,6 +145,13 @@ class ModelRunner:
             self._graphs = self._capture(steps)
         return steps
 
+    def _cpu_decoder(self) -> CpuDecoder | None:
+        try:
+            return CpuDecoder(self.model, self.bank, self.cache, self.max_model_len)
+        except ValueError as error:
+            log.warning("%s is served module by module, slower: %s", self.name, error)
+            return None
+
     def _capture(self, steps: GpuSteps) -> bool:
         try:
             steps.capture()
@@ -156,6 +165,8 @@ class ModelRunner:
         if self._gpu is not None:
             self._gpu.release()
             self._released = True
+        if self._cpu is not None:
+            self._cpu.release()
 
     def _restore_graphs(self, steps: GpuSteps) -> None:
         self._released = False
@@ -177,6 +188,8 @@ class ModelRunner:
             self._restore_graphs(self._gpu)
         if self._gpu is not None and self._gpu.accepts(step):
             return self._gpu.run(step, previous)
+        if self._cpu is not None and self._cpu.accepts(step):
+            return self._cpu.run(step)
         # Decodes first, as the cache wants them; neighbours of the same adapter share a segment.
         order = sorted(step, key=lambda s: (not (s.count == 1 and s.start > 0), id(s.request.adapter)))
         ids: list[int] = []
