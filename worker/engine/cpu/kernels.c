@@ -1,7 +1,7 @@
 // For few rows of x: products with matrices that rows' adapters change, and all layers of a Llama-like decoder.
 //
 // To generate a token every weight is read once, so what counts is that it is read once however many rows there are, in
-// the type it is held in, by all threads. Sums are float32, in an order that does not depend on the number of rows.
+// the type it is held in, by all threads. Sums are float32.
 #include <math.h>
 #include <omp.h>
 #include <stdint.h>
@@ -11,12 +11,18 @@
 #endif
 
 enum { F32, BF16, F16 };
-enum { WIDTH = 8 };   // floats of a vector
-enum { BLOCK = 64 };  // rows of x that stay in a core's cache while w passes by
+enum { WIDTH = 8 };     // floats of a vector
+enum { BLOCK = 64 };    // rows of x that stay in a core's cache while w passes by
+enum { AHEAD = 1024 };  // bytes; w is fetched before it is needed, or half of the time goes into waiting for it
 typedef float vec __attribute__((vector_size(32), aligned(4)));
 typedef int32_t ints __attribute__((vector_size(32)));
 typedef uint16_t half_words __attribute__((vector_size(16), aligned(2)));
 typedef uint32_t words __attribute__((vector_size(32)));
+#ifdef __AVX__
+#define IN_REGISTER(v) __asm__("" : "+x"(v))  // and not read again by each of those who use it
+#else
+#define IN_REGISTER(v)
+#endif
 #define INLINE static inline __attribute__((always_inline))
 
 typedef struct {  // an adapter's update of one matrix: y += scaling (x a') b
@@ -65,7 +71,9 @@ INLINE float load_one(const void *p, int64_t i, int type)
 
 INLINE float sum(vec v)
 {
-    return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
+    v += __builtin_shuffle(v, (ints){4, 5, 6, 7, 0, 1, 2, 3});
+    v += __builtin_shuffle(v, (ints){2, 3, 0, 1, 6, 7, 4, 5});
+    return v[0] + v[1];
 }
 
 // This thread's part of 0…all-1, in whole units.
@@ -77,11 +85,30 @@ INLINE void part(int64_t all, int64_t unit, int64_t *from, int64_t *to)
     *to = *from + share < all ? *from + share : all;
 }
 
-// y[j * width + i] = w[i] · x[j] for n rows of w and m of x, constants wherever this is called.
-INLINE void tile(const void *w, const float *x, float *y, int64_t in, int64_t width, int n, int m, int type)
+// w · x, of a row of w that stands for itself.
+INLINE float line(const void *w, const float *x, int64_t in, int type)
+{
+    vec acc[4] = {{0}, {0}, {0}, {0}};
+    int64_t k = 0, size = type == F32 ? 4 : 2;
+    for (; k + 4 * WIDTH <= in; k += 4 * WIDTH) {
+        __builtin_prefetch((const char *)w + k * size + AHEAD);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++)
+            acc[i] += load(w, k + i * WIDTH, type) * load(x, k + i * WIDTH, F32);
+    }
+    for (; k + WIDTH <= in; k += WIDTH)
+        acc[0] += load(w, k, type) * load(x, k, F32);
+    float total = sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
+    for (; k < in; k++)
+        total += load_one(w, k, type) * x[k];
+    return total;
+}
+
+// y[j * width + i] = w[i] · x[j] for n rows of w and m of x, constants wherever this is called. `fetch`: also the next n.
+INLINE void tile(const void *w, const float *x, float *y, int64_t in, int64_t width, int n, int m, int type, int fetch)
 {
     vec acc[4][4];
-    int64_t k = 0;
+    int64_t k = 0, size = type == F32 ? 4 : 2;
 #pragma GCC unroll 4
     for (int i = 0; i < n; i++)
 #pragma GCC unroll 4
@@ -92,14 +119,16 @@ INLINE void tile(const void *w, const float *x, float *y, int64_t in, int64_t wi
 #pragma GCC unroll 4
         for (int i = 0; i < n; i++) {
             row[i] = load(w, i * in + k, type);
-#ifdef __AVX__
+            if (fetch)
+                __builtin_prefetch((const char *)w + ((n + i) * in + k) * size + AHEAD);
             if (m > 1)
-                __asm__("" : "+x"(row[i]));  // kept in a register, not read again for each row of x
-#endif
+                IN_REGISTER(row[i]);
         }
 #pragma GCC unroll 4
         for (int j = 0; j < m; j++) {
             vec column = load(x, j * in + k, F32);
+            if (n > 1)
+                IN_REGISTER(column);
 #pragma GCC unroll 4
             for (int i = 0; i < n; i++)
                 acc[i][j] += row[i] * column;
@@ -116,34 +145,38 @@ INLINE void tile(const void *w, const float *x, float *y, int64_t in, int64_t wi
         }
 }
 
-// n rows of w with all of x.
+// n rows of w with all of x, of which there are two rows or more.
 INLINE void tiles(const void *w, const float *x, float *y, int64_t rows, int64_t in, int64_t width, int n, int type)
 {
-    int64_t r = 0;
+    int64_t r = rows < 4 ? 2 : 4;
+    if (rows < 4)
+        tile(w, x, y, in, width, n, 2, type, 1);
+    else
+        tile(w, x, y, in, width, n, 4, type, 1);
     for (; r + 4 <= rows; r += 4)
-        tile(w, x + r * in, y + r * width, in, width, n, 4, type);
+        tile(w, x + r * in, y + r * width, in, width, n, 4, type, 0);
     for (; r + 2 <= rows; r += 2)
-        tile(w, x + r * in, y + r * width, in, width, n, 2, type);
+        tile(w, x + r * in, y + r * width, in, width, n, 2, type, 0);
     if (r < rows)
-        tile(w, x + r * in, y + r * width, in, width, n, 1, type);
+        tile(w, x + r * in, y + r * width, in, width, n, 1, type, 0);
 }
 
 // Columns from…to-1 of y [rows, width] = x w'.
 INLINE void product_of(const void *w, const float *x, float *y, int64_t rows, int64_t in, int64_t width, int64_t from,
                        int64_t to, int type)
 {
-    int64_t size = type == F32 ? 4 : 2;
-    for (int64_t r = 0; r < rows; r += BLOCK) {
-        int64_t block = rows - r < BLOCK ? rows - r : BLOCK, c = from;
-        const float *in_block = x + r * in;
-        float *out_block = y + r * width;
-        if (rows == 1)
-            for (; c + 4 <= to; c += 4)
-                tile((const char *)w + c * in * size, x, y + c, in, width, 4, 1, type);
+    int64_t size = type == F32 ? 4 : 2, block;
+    for (int64_t r = 0; r < rows; r += block) {
+        block = rows - r < 2 * BLOCK ? rows - r : BLOCK;  // never a single row that is left over
+        const float *at = x + r * in;
+        float *to_row = y + r * width;
+        int64_t c = from;
+        for (; c < to && block == 1; c++)
+            to_row[c] = line((const char *)w + c * in * size, at, in, type);
         for (; c + 3 <= to; c += 3)
-            tiles((const char *)w + c * in * size, in_block, out_block + c, block, in, width, 3, type);
+            tiles((const char *)w + c * in * size, at, to_row + c, block, in, width, 3, type);
         for (; c < to; c++)
-            tiles((const char *)w + c * in * size, in_block, out_block + c, block, in, width, 1, type);
+            tiles((const char *)w + c * in * size, at, to_row + c, block, in, width, 1, type);
     }
 }
 
@@ -179,33 +212,27 @@ static void narrow(const Segment *s, int64_t count, int64_t site, const float *x
     }
 }
 
-// Columns from…to-1 of y [rows, width] += scaling t b.
+// Columns from…to-1 of y [rows, width] += scaling t b. Row by row of b, as it lies in memory.
 static void widen(const Segment *s, int64_t count, int64_t site, const float *t, float *y, int64_t width, int64_t most,
                   int64_t from, int64_t to)
 {
     for (; count > 0; count--, s++) {
         const Pair *p = s->pairs + site;
-        for (int64_t row = s->start; row < s->stop && p->rank; row++) {
-            const float *by = t + row * most;
-            float *out = y + row * width;
-            int64_t c = from;
-            for (; c + 4 * WIDTH <= to; c += 4 * WIDTH) {
-                vec total[4] = {{0}, {0}, {0}, {0}};
-                for (int64_t r = 0; r < p->rank; r++)
-#pragma GCC unroll 4
-                    for (int i = 0; i < 4; i++)
-                        total[i] += by[r] * load(p->b, r * width + c + i * WIDTH, F32);
-#pragma GCC unroll 4
-                for (int i = 0; i < 4; i++)
-                    *(vec *)(out + c + i * WIDTH) += p->scaling * total[i];
+        for (int64_t r = 0; r < p->rank; r += 4)
+            for (int64_t row = s->start; row < s->stop; row++) {
+                int64_t n = p->rank - r < 4 ? p->rank - r : 4, c = from;
+                const float *b[4];
+                float by[4] = {0}, *out = y + row * width;
+                for (int64_t i = 0; i < 4; i++) {
+                    b[i] = p->b + (r + (i < n ? i : 0)) * width;
+                    by[i] = i < n ? p->scaling * t[row * most + r + i] : 0;
+                }
+                for (; c + WIDTH <= to; c += WIDTH)
+                    *(vec *)(out + c) += (by[0] * load(b[0], c, F32) + by[1] * load(b[1], c, F32)) +
+                                         (by[2] * load(b[2], c, F32) + by[3] * load(b[3], c, F32));
+                for (; c < to; c++)
+                    out[c] += (by[0] * b[0][c] + by[1] * b[1][c]) + (by[2] * b[2][c] + by[3] * b[3][c]);
             }
-            for (; c < to; c++) {
-                float total = 0;
-                for (int64_t r = 0; r < p->rank; r++)
-                    total += by[r] * p->b[r * width + c];
-                out[c] += p->scaling * total;
-            }
-        }
     }
 }
 
