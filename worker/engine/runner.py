@@ -235,7 +235,7 @@ def _cpu_linear() -> CpuLinear | None:
     try:
         return CpuLinear()
     except OSError as error:
-        log.warning("linear layers are left to torch, at half the speed or less: %s", error)
+        log.warning("the CPU's kernels are left out, steps take twice the time or more: %s", error)
         return None
 
 

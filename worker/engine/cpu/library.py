@@ -38,26 +38,23 @@ class Matrix(ctypes.Structure):
     _fields_ = (("w", _POINTER), ("bias", _POINTER), ("inner", _NUMBER), ("out", _NUMBER), ("type", _NUMBER))
 
 
-def load() -> Any:
-    """The compiled kernels. Raises OSError where there is no compiler, or it fails, or what it made cannot be loaded."""
-    threads = torch.get_num_threads()  # torch's OpenMP is loaded: the kernels have none of their own
-    assert threads
-    return _load()
-
-
 @cache
-def _load() -> Any:
+def load() -> Any:
+    """The compiled kernels. Raises OSError where there is no compiler, or it fails, or what it makes cannot be loaded."""
+    torch.get_num_threads()  # torch's OpenMP is loaded: the kernels have none of their own
     compiler = shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc")
     if compiler is None:
         raise OSError("there is no C compiler")
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorry"
-    file = folder / f"kernels-{_key(compiler)}.so"
+    file = _folder() / f"kernels-{_key(compiler)}.so"
     try:
+        if not _whole(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            _compile(compiler, file)
         library = ctypes.CDLL(str(file))
-    except OSError:  # missing, or damaged: it is made again
-        folder.mkdir(parents=True, exist_ok=True)
-        _compile(compiler, file)
-        library = ctypes.CDLL(str(file))
+    except PermissionError:  # nowhere to keep it
+        with tempfile.TemporaryDirectory() as made:
+            _compile(compiler, Path(made) / "kept.so")
+            library = ctypes.CDLL(f"{made}/kept.so")
     library.lorry_linear.argtypes = [_POINTER, _POINTER, _POINTER, _NUMBER, _POINTER, _NUMBER, _POINTER, _INT]
     library.lorry_layers.argtypes = [
         _POINTER, _POINTER, _POINTER, _POINTER, _NUMBER, _POINTER, _POINTER, _POINTER, _NUMBER, _INT,
@@ -66,11 +63,30 @@ def _load() -> Any:
     return library
 
 
+def _folder() -> Path:
+    if cache_home := os.environ.get("XDG_CACHE_HOME"):
+        return Path(cache_home) / "lorry"
+    try:
+        return Path.home() / ".cache" / "lorry"
+    except RuntimeError as error:
+        raise PermissionError(str(error)) from error
+
+
+def _whole(file: Path) -> bool:
+    """Whether the file ends with its digest: a damaged library can kill the process that loads it."""
+    try:
+        data = file.read_bytes()
+    except FileNotFoundError:
+        return False
+    return data[-32:] == hashlib.sha256(data[:-32]).digest()
+
+
 def _key(compiler: str) -> str:
     """What a compiled file depends on."""
     version = _run(compiler, "--version")
-    processor = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("model", "flags"))]
-    parts = [_SOURCE.read_text(), compiler, version, *_FLAGS, *sorted(set(processor))]
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    processor = {line for line in lines if line.startswith(("model", "flags", "CPU", "Features"))}
+    parts = [_SOURCE.read_text(), compiler, version, *_FLAGS, *sorted(processor)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
@@ -82,6 +98,10 @@ def _compile(compiler: str, file: Path) -> None:
         # Not linked with -fopenmp: it uses the threads of the OpenMP that torch has loaded. Those of another one would
         # wait beside them, spinning.
         _run(compiler, "-shared", compiled, "-o", linked)
+        with open(linked, "r+b") as library:
+            library.write(hashlib.sha256(library.read()).digest())  # behind the end, where no loader looks
+            library.flush()
+            os.fsync(library.fileno())
         os.replace(linked, file)
 
 

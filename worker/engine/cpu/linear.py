@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.functional import linear
 
 from worker.engine.cpu import library
 from worker.engine.cpu.library import Matrix, Pair, Rows
@@ -35,12 +36,24 @@ class _Updates:
 
 
 class CpuLinear:
-    """The kernel of one matrix. Raises OSError where it cannot be compiled or loaded."""
+    """The kernel of one matrix. Raises OSError where it cannot be compiled or loaded, or does not compute what torch does."""
 
     def __init__(self) -> None:
         self._linear = library.load().lorry_linear
         self._found: list[Segment] = []
         self._updates: dict[str, _Updates] = {}  # for the segments in _found, by site
+        self._check()
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def _check(self) -> None:
+        for dtype in library.TYPES:
+            module = nn.Linear(67, 37)
+            module.weight.data = module.weight.data.to(dtype)
+            for rows in (1, 2, 11):
+                x = torch.arange(rows * 67).view(1, rows, 67) % 13 / 13
+                expected = linear(x, module.weight.float(), module.bias)
+                if not torch.allclose(self(module, x), expected, atol=1e-4):
+                    raise OSError(f"the compiled kernel computes something else in {dtype}")
 
     @staticmethod
     def takes(module: nn.Module) -> bool:

@@ -19,6 +19,7 @@ from worker.engine.gpu.elementwise import add_norm, rotate_and_store, swiglu
 from worker.engine.gpu.lora import lora_update
 from worker.engine.gpu.plan import Arrays
 from worker.engine.gpu.slots import AdapterSlots
+from worker.engine.llama_like import check, rotary, window_of
 
 
 class Projection:
