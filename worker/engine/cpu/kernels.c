@@ -4,6 +4,7 @@
 // the type it is held in, by all threads. Sums are float32.
 #include <math.h>
 #include <omp.h>
+#include <sched.h>
 #include <stdint.h>
 #include <string.h>
 #ifdef __F16C__
@@ -74,6 +75,30 @@ INLINE float sum(vec v)
     v += __builtin_shuffle(v, (ints){4, 5, 6, 7, 0, 1, 2, 3});
     v += __builtin_shuffle(v, (ints){2, 3, 0, 1, 6, 7, 4, 5});
     return v[0] + v[1];
+}
+
+typedef struct {
+    int here, turn;
+} Barrier;
+
+// Wait for the other threads. OpenMP's own barrier goes to sleep at once in a process where two threads have called it, and
+// takes twice the time of a step to wake up.
+static void meet(Barrier *b)
+{
+    int turn = __atomic_load_n(&b->turn, __ATOMIC_ACQUIRE);
+    if (__atomic_add_fetch(&b->here, 1, __ATOMIC_ACQ_REL) == omp_get_num_threads()) {
+        __atomic_store_n(&b->here, 0, __ATOMIC_RELAXED);
+        __atomic_store_n(&b->turn, turn + 1, __ATOMIC_RELEASE);
+        return;
+    }
+    for (int spins = 0; __atomic_load_n(&b->turn, __ATOMIC_ACQUIRE) == turn; spins++) {
+        if (spins > 20000)
+            sched_yield();  // the one that is waited for may need this core
+#ifdef __x86_64__
+        else
+            __builtin_ia32_pause();
+#endif
+    }
 }
 
 // This thread's part of 0…all-1, in whole units.
@@ -250,13 +275,14 @@ void lorry_linear(const Matrix *m, const float *x, float *y, int64_t rows, const
                   float *inner, int threads)
 {
     int64_t most = highest(segments, count, 1);
+    Barrier all = {0, 0};
 #pragma omp parallel num_threads(threads)
     {
         int64_t from, to;
         narrow(segments, count, 0, x, inner, m->in, most);
         product(m, x, y, rows, &from, &to);
         if (most) {
-#pragma omp barrier
+            meet(&all);
             widen(segments, count, 0, inner, y, m->out, most, from, to);
         }
     }
@@ -402,6 +428,7 @@ void lorry_layers(const Shape *s, const Layer *layers, const Step *step, const S
     float *out = heads + rows * q_width, *gate = out + rows * s->hidden, *up = gate + rows * s->inner;
     float *inner = up + rows * s->inner, *inner2 = inner + rows * most, *inner3 = inner2 + rows * most;
     count = most ? count : 0;
+    Barrier all = {0, 0};
 #pragma omp parallel num_threads(threads)
     {
         float *h = own + omp_get_thread_num() * own_size, *room = h + rows * s->hidden;
@@ -419,28 +446,30 @@ void lorry_layers(const Shape *s, const Layer *layers, const Step *step, const S
             product(m + K, h, k, rows, &from2, &to2);
             product(m + V, h, v, rows, &from3, &to3);
             if (count) {
-#pragma omp barrier
+                meet(&all);
                 widen(segments, count, site + Q, inner, q, q_width, most, from, to);
                 widen(segments, count, site + K, inner2, k, kv_width, most, from2, to2);
                 widen(segments, count, site + V, inner3, v, kv_width, most, from3, to3);
             }
-#pragma omp barrier
-#pragma omp for
+            meet(&all);
+#pragma omp for nowait
             for (int64_t at = 0; at < rows * s->kv_heads; at++)
                 keep(l, s, step, at / s->kv_heads, at % s->kv_heads, k + at * width, v + at * width, room);
-#pragma omp for schedule(dynamic)
+            meet(&all);
+#pragma omp for schedule(dynamic) nowait
             for (int64_t at = 0; at < rows * s->heads; at++)
                 attend(l, s, step, at / s->heads, at % s->heads, q + at * width, heads + at * width, room);
+            meet(&all);
             narrow(segments, count, site + O, heads, inner, q_width, most);
             product(m + O, heads, out, rows, &from, &to);
             if (count) {
-#pragma omp barrier
+                meet(&all);
                 widen(segments, count, site + O, inner, out, s->hidden, most, from, to);
             }
             for (int64_t r = 0; r < rows; r++)
                 for (int64_t c = from; c < to; c++)
                     x[r * s->hidden + c] += out[r * s->hidden + c];
-#pragma omp barrier
+            meet(&all);
             for (int64_t r = 0; r < rows; r++)
                 normed(x + r * s->hidden, l->post_norm, h + r * s->hidden, s->hidden, l->eps);
             narrow(segments, count, site + GATE, h, inner, s->hidden, most);
@@ -448,7 +477,7 @@ void lorry_layers(const Shape *s, const Layer *layers, const Step *step, const S
             product(m + GATE, h, gate, rows, &from, &to);
             product(m + UP, h, up, rows, &from, &to);
             if (count) {
-#pragma omp barrier
+                meet(&all);
                 widen(segments, count, site + GATE, inner, gate, s->inner, most, from, to);
                 widen(segments, count, site + UP, inner2, up, s->inner, most, from, to);
             }
@@ -462,17 +491,17 @@ void lorry_layers(const Shape *s, const Layer *layers, const Step *step, const S
                 for (; c < to; c++)
                     g[c] = g[c] / (1.0f + exponential((vec){0} - g[c])[0]) * u[c];
             }
-#pragma omp barrier
+            meet(&all);
             narrow(segments, count, site + DOWN, gate, inner3, s->inner, most);
             product(m + DOWN, gate, out, rows, &from, &to);
             if (count) {
-#pragma omp barrier
+                meet(&all);
                 widen(segments, count, site + DOWN, inner3, out, s->hidden, most, from, to);
             }
             for (int64_t r = 0; r < rows; r++)
                 for (int64_t c = from; c < to; c++)
                     x[r * s->hidden + c] += out[r * s->hidden + c];
-#pragma omp barrier
+            meet(&all);
         }
 #pragma omp for
         for (int64_t r = 0; r < rows; r++) {
