@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,11 @@ from worker.engine.cpu.linear import CpuLinear
 from worker.engine.lora import AdapterWeights, LoraPair, Segment
 from worker.engine.runner import ModelRunner
 
-LORA = {"r": 5, "lora_alpha": 10, "target_modules": ["q_proj", "k_proj", "o_proj", "gate_proj", "down_proj"]}
+LORA: dict[str, Any] = {
+    "r": 5,
+    "lora_alpha": 10,
+    "target_modules": ["q_proj", "k_proj", "o_proj", "gate_proj", "down_proj"],
+}
 
 
 @pytest.fixture(scope="module")

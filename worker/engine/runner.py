@@ -235,7 +235,7 @@ def _cpu_linear() -> CpuLinear | None:
     try:
         return CpuLinear()
     except OSError as error:
-        log.warning("the CPU's kernels are left out, steps take twice the time or more: %s", error)
+        log.warning("the CPU's kernels are left out, which makes steps slower: %s", error)
         return None
 
 
