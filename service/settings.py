@@ -76,7 +76,8 @@ class Settings(BaseSettings):
     engine_host: str = Field("127.0.0.1", description="Address `lorry engine` listens on.")
     engine_port: int = Field(8322, ge=0, le=65535, description="Port `lorry engine` listens on.")
     engine_dtype: str = Field(
-        "auto", description="Engine weights: auto (bfloat16 on a GPU, float32 on a CPU), bfloat16, float16, float32."
+        "auto",
+        description="Engine weights: auto (bfloat16 on a GPU; on a CPU the files' own type, computed in float32), bfloat16, float16, float32.",
     )
     engine_load_in_4bit: bool = Field(False, description="Load the engine's base model in NF4.")
     engine_max_seq_length: int = Field(2048, ge=16, description="Longest prompt plus completion, in tokens.")

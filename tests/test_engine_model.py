@@ -146,6 +146,7 @@ def other_architecture(name: str, folder: Path) -> Path:
     config = {
         "mistral": lambda: transformers.MistralConfig(**common, sliding_window=8),
         "qwen2": lambda: transformers.Qwen2Config(**common),
+        "qwen3": lambda: transformers.Qwen3Config(**common, head_dim=32),
         "gemma3": lambda: transformers.Gemma3TextConfig(**common, head_dim=16, sliding_window=8),
         "gemma2": lambda: transformers.Gemma2Config(**common, head_dim=16, sliding_window=8),
     }[name]()
@@ -155,7 +156,7 @@ def other_architecture(name: str, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["mistral", "qwen2", "gemma3"])
+@pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3", "gemma3"])
 def test_other_architectures_are_served_exactly(tiny_base: Path, tmp_path: Path, name: str) -> None:
     base = other_architecture(name, tmp_path / name)
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):

@@ -40,12 +40,21 @@ VLLM_ENVIRONMENT = {
 
 def make_adapters(size: str, folder: Path, count: int, rank: int) -> list[Path]:
     """Folders of `count` random PEFT adapters on all projections, made if missing."""
+    made = [folder / f"{size}-r{rank}-{i}" for i in range(count)]
+    for i, path in enumerate(made):
+        make_adapter(path, folder / size, SHAPES[size], rank, seed=i)
+    return made
+
+
+def make_adapter(path: Path, base: Path, shape: dict[str, Any], rank: int, *, seed: int, rslora: bool = True) -> None:
+    """A random PEFT adapter on all projections of a Llama of this shape (its config's names), made if missing."""
     import torch
     from safetensors.torch import save_file
 
-    shape = SHAPES[size]
+    if (path / "adapter_config.json").exists():
+        return
     hidden, inner = shape["hidden_size"], shape["intermediate_size"]
-    width = shape.get("head_dim", hidden // shape["num_attention_heads"])
+    width = shape.get("head_dim") or hidden // shape["num_attention_heads"]
     q, kv = width * shape["num_attention_heads"], width * shape["num_key_value_heads"]
     sites = {
         "self_attn.q_proj": (hidden, q), "self_attn.k_proj": (hidden, kv), "self_attn.v_proj": (hidden, kv),
@@ -53,26 +62,22 @@ def make_adapters(size: str, folder: Path, count: int, rank: int) -> list[Path]:
         "mlp.down_proj": (inner, hidden),
     }  # fmt: skip
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank, "use_rslora": True, "bias": "none",
-        "target_modules": [name.partition(".")[2] for name in sites], "base_model_name_or_path": str(folder / size),
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank, "use_rslora": rslora,
+        "bias": "none", "target_modules": [name.partition(".")[2] for name in sites],
+        "base_model_name_or_path": str(base),
     }  # fmt: skip
-    made = [folder / f"{size}-r{rank}-{i}" for i in range(count)]
-    for i, path in enumerate(made):
-        if (path / "adapter_config.json").exists():
-            continue
-        path.mkdir(parents=True, exist_ok=True)
-        random_numbers = torch.Generator().manual_seed(i)
-        tensors = {}
-        for layer in range(shape["num_hidden_layers"]):
-            for name, (fan_in, fan_out) in sites.items():
-                key = f"base_model.model.model.layers.{layer}.{name}"
-                a = torch.randn(rank, fan_in, generator=random_numbers) / fan_in**0.5
-                tensors[f"{key}.lora_A.weight"] = a.bfloat16()
-                b = 0.01 * torch.randn(fan_out, rank, generator=random_numbers)
-                tensors[f"{key}.lora_B.weight"] = b.bfloat16()
-        save_file(tensors, path / "adapter_model.safetensors")
-        (path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
-    return made
+    path.mkdir(parents=True, exist_ok=True)
+    random_numbers = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer in range(shape["num_hidden_layers"]):
+        for name, (fan_in, fan_out) in sites.items():
+            key = f"base_model.model.model.layers.{layer}.{name}"
+            a = torch.randn(rank, fan_in, generator=random_numbers) / fan_in**0.5
+            tensors[f"{key}.lora_A.weight"] = a.bfloat16()
+            b = 0.01 * torch.randn(fan_out, rank, generator=random_numbers)
+            tensors[f"{key}.lora_B.weight"] = b.bfloat16()
+    save_file(tensors, path / "adapter_model.safetensors")
+    (path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 def prompts(arguments: argparse.Namespace) -> list[list[int]]:

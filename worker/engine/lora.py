@@ -10,10 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.nn.functional import embedding, linear
+
+if TYPE_CHECKING:
+    from worker.engine.cpu.linear import CpuLinear
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +76,18 @@ def segments(owners: list[AdapterWeights | None], counts: list[int]) -> list[Seg
 class LoraBank:
     """Installs sites on a model and tells them each step's segments."""
 
-    def __init__(self, model: nn.Module, head: nn.Module) -> None:
+    def __init__(self, model: nn.Module, head: nn.Module, kernel: CpuLinear | None = None) -> None:
+        """`kernel` computes the plain linear layers, adapters' updates included."""
         self.model = model
         self.head = head
+        self.kernel = kernel
         self.token_segments: list[Segment] = []
         self.row_segments: list[Segment] = []  # rows whose logits are wanted: what lm_head sees
         self._installed: set[str] = set()
+        if kernel is not None:
+            for module in model.modules():
+                if kernel.takes(module):
+                    module.forward = partial(kernel, module)
 
     def install(self, names: set[str]) -> None:
         """Give the named modules a forward that knows adapters. Safe while the model runs: a forward is one attribute."""
@@ -86,9 +97,19 @@ class LoraBank:
                 module.forward = self._head_site(name, module, module.forward)
             elif isinstance(module, nn.Embedding):
                 module.forward = self._embedding_site(name, module, module.forward)
+            elif self.kernel is not None and self.kernel.takes(module):
+                module.forward = self._fused_site(name, module, self.kernel)
             else:
                 module.forward = self._linear_site(name, module.forward)
             self._installed.add(name)
+
+    def _fused_site(self, name: str, module: nn.Linear, kernel: CpuLinear) -> Callable[[torch.Tensor], torch.Tensor]:
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            if not self.token_segments:
+                return kernel(module, x)
+            return kernel.updated(module, x, name, self.token_segments)
+
+        return forward
 
     def _linear_site(
         self, name: str, base: Callable[[torch.Tensor], torch.Tensor]

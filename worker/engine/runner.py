@@ -20,6 +20,8 @@ from worker import base_model
 from worker.data import base_template
 from worker.engine.adapters import BaseInfo, tokenizer_hash
 from worker.engine.cache import PagedCache
+from worker.engine.cpu.decoder import CpuDecoder
+from worker.engine.cpu.linear import CpuLinear
 from worker.engine.lora import LoraBank, segments
 from worker.engine.request import Request
 from worker.engine.sampling import Chosen
@@ -51,9 +53,17 @@ class ModelRunner:
         if self.device.type == "cuda":
             # cuDNN's attention plans anew for every shape, milliseconds a layer, and here every step has a new one.
             torch.backends.cuda.enable_cudnn_sdp(False)
-        self.dtype = _dtype(settings.engine_dtype, self.device)
         self.path = base_model.resolve(settings.base_model, settings)
-        self.model = _load_model(self.path, self.dtype, self.device, settings)
+        linear = _cpu_linear() if self.device.type == "cpu" and not kernels else None
+        self.dtype = _dtype(settings.engine_dtype, self.device)
+        held: torch.dtype | str = self.dtype
+        if linear is not None and not self.load_in_4bit:
+            # Computed in float32 from weights in any type: without a wish, in that of the files.
+            held = "auto" if settings.engine_dtype == "auto" else self.dtype
+            self.dtype = torch.float32
+        self.model = _load_model(self.path, held, self.device, settings)
+        if linear is not None and not self.load_in_4bit:
+            linear.widen(self.model)
         self.tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=settings.trust_remote_code)
         self.template = _template(self.tokenizer)
         config = self.model.config.get_text_config()
@@ -63,7 +73,9 @@ class ModelRunner:
         )
         self.eos_token_ids = _eos_ids(self.model, self.tokenizer)
         self.vocab_size = int(self.model.get_input_embeddings().weight.shape[0])
-        self.bank = LoraBank(self.model, self.model.get_output_embeddings())
+        self.bank = LoraBank(
+            self.model, self.model.get_output_embeddings(), linear if self.dtype == torch.float32 else None
+        )
         self.cache = PagedCache(BLOCK_SIZE, self.device)
         _attend_with(self.model, self.cache)
         self._probe(config.num_hidden_layers)
@@ -79,6 +91,7 @@ class ModelRunner:
         use = self.device.type == "cuda" if kernels is None else kernels
         self._graphs = self._released = False  # whether steps are captured; whether they have been given up
         self._gpu = self._gpu_steps(settings) if use else None
+        self._cpu = self._cpu_decoder() if self.bank.kernel is not None else None
         log.info(
             "base %s in %s on %s: %d cache blocks of %d tokens (%.0f MiB), up to %d tokens a request",
             self.name,
@@ -132,6 +145,13 @@ class ModelRunner:
             self._graphs = self._capture(steps)
         return steps
 
+    def _cpu_decoder(self) -> CpuDecoder | None:
+        try:
+            return CpuDecoder(self.model, self.bank, self.cache, self.max_model_len)
+        except ValueError as error:
+            log.warning("%s is served module by module, slower: %s", self.name, error)
+            return None
+
     def _capture(self, steps: GpuSteps) -> bool:
         try:
             steps.capture()
@@ -145,6 +165,8 @@ class ModelRunner:
         if self._gpu is not None:
             self._gpu.release()
             self._released = True
+        if self._cpu is not None:
+            self._cpu.release()
 
     def _restore_graphs(self, steps: GpuSteps) -> None:
         self._released = False
@@ -166,6 +188,8 @@ class ModelRunner:
             self._restore_graphs(self._gpu)
         if self._gpu is not None and self._gpu.accepts(step):
             return self._gpu.run(step, previous)
+        if self._cpu is not None and self._cpu.accepts(step):
+            return self._cpu.run(step)
         # Decodes first, as the cache wants them; neighbours of the same adapter share a segment.
         order = sorted(step, key=lambda s: (not (s.count == 1 and s.start > 0), id(s.request.adapter)))
         ids: list[int] = []
@@ -207,7 +231,15 @@ class ModelRunner:
             )
 
 
-def _load_model(path: str, dtype: torch.dtype, device: torch.device, settings: Settings) -> Any:
+def _cpu_linear() -> CpuLinear | None:
+    try:
+        return CpuLinear()
+    except OSError as error:
+        log.warning("the CPU's kernels are left out, which makes steps slower: %s", error)
+        return None
+
+
+def _load_model(path: str, dtype: torch.dtype | str, device: torch.device, settings: Settings) -> Any:
     kwargs: dict[str, Any] = {
         "dtype": dtype,
         "device_map": {"": device},

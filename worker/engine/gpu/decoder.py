@@ -19,11 +19,7 @@ from worker.engine.gpu.elementwise import add_norm, rotate_and_store, swiglu
 from worker.engine.gpu.lora import lora_update
 from worker.engine.gpu.plan import Arrays
 from worker.engine.gpu.slots import AdapterSlots
-
-# Decoder layers that are RMSNorm, rotary GQA attention, RMSNorm, SwiGLU, and nothing else.
-LAYERS = frozenset({"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"})
-# Rotary embeddings that depend on the position alone.
-_ROTARY = frozenset({"default", "linear", "llama3", "yarn"})
+from worker.engine.llama_like import check, rotary, window_of
 
 
 class Projection:
@@ -98,25 +94,22 @@ class Lora:
 
 
 class Decoder:
-    """The layers and the final norm of a causal language model of a kind in LAYERS."""
+    """The layers and the final norm of a causal language model of a kind that worker/engine/llama_like.py knows."""
 
     def __init__(self, model: Any, cache: PagedCache, max_positions: int) -> None:
         """Raises ValueError, saying why, for a model that is built in another way."""
         self.base = model.get_decoder() if hasattr(model, "get_decoder") else model.model
         config = model.config.get_text_config()
-        _check(self.base, config)
+        check(self.base, config)
         self.cache = cache
         self.heads = int(config.num_attention_heads)
         prefix = next(n for n, m in model.named_modules() if m is self.base)
         self.sites: list[str] = []
         self.layers = [self._layer(f"{prefix}.layers.{i}", i, layer) for i, layer in enumerate(self.base.layers)]
-        self.rotary = self._rotary(config, max_positions)
+        self.rotary = rotary(self.base, cache, max_positions)
 
     def _layer(self, name: str, index: int, layer: Any) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
-        window = getattr(attention, "sliding_window", None)
-        if type(layer).__name__ == "MistralDecoderLayer":  # which reads the config's, for all layers
-            window = getattr(attention.config, "sliding_window", None)
         norms = None
         if hasattr(attention, "q_norm"):
             q, k = attention.q_norm, attention.k_norm
@@ -127,7 +120,7 @@ class Decoder:
             qkv=self._projection(f"{name}.self_attn", attention, "q_proj", "k_proj", "v_proj"),
             head_norms=norms,
             o=self._projection(f"{name}.self_attn", attention, "o_proj"),
-            window=window,
+            window=window_of(layer),
             scale=float(attention.scaling),
             post_norm=layer.post_attention_layernorm,
             gate_up=self._projection(f"{name}.mlp", mlp, "gate_proj", "up_proj"),
@@ -144,15 +137,6 @@ class Decoder:
             raise ValueError(f"{parent} has products whose width is no multiple of 16")
         self.sites += made.names
         return made
-
-    def _rotary(self, config: Any, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
-        weight = self.base.norm.weight
-        at = torch.arange(positions, device=weight.device)[None]
-        cos, sin = self.base.rotary_emb(weight.new_empty(1), position_ids=at)
-        width = self.cache.shapes[0][1]
-        if cos.shape[-1] != width or any(s[1:] != (width, width) for s in self.cache.shapes.values()):
-            raise ValueError("its heads are rotated in part, or differ in width")
-        return cos[0].contiguous(), sin[0].contiguous()
 
     def forward(self, hidden: torch.Tensor, step: Arrays, lora: Lora | None, splits: int | None = None) -> torch.Tensor:
         """Run all layers. hidden [rows, hidden], overwritten; `step` holds device tensors. Returns normed [rows, hidden]."""
@@ -205,13 +189,3 @@ class Decoder:
 
 def _norm(module: Any) -> tuple[torch.Tensor, float]:
     return module.weight, module.variance_epsilon
-
-
-def _check(base: Any, config: Any) -> None:
-    kinds = {type(layer).__name__ for layer in base.layers}
-    if not kinds <= LAYERS:
-        raise ValueError(f"its layers are {', '.join(sorted(kinds))}")
-    if config.hidden_act != "silu":
-        raise ValueError(f"its activation is {config.hidden_act}")
-    if base.rotary_emb.rope_type not in _ROTARY:
-        raise ValueError(f"its rotary embedding is of type {base.rotary_emb.rope_type}")

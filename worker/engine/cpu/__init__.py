@@ -1,0 +1,1 @@
+"""What the engine has of its own for a CPU."""
