@@ -66,7 +66,9 @@ def test_a_pause_on_two_goes_on_on_one(base: Path, tmp_path: Path) -> None:
     file = texts(tmp_path / "rows.jsonl", n=200)
     spec = cpt_spec(base, training={"max_steps": 8, "save_steps": 100})
     paused = run_recipe(spec, tmp_path / "run", file=file, devices=TWO, ask_at=(4, "pause"))
-    assert (paused.outcome.ended, list(paused.progress.present)) == ("pause", [4])
+    (step,) = paused.progress.present
+    assert paused.outcome.ended == "pause"
+    assert step in (3, 4)  # asked when step 3 was told, which may be before the ranks begin the next
     spec["training"] = {**spec["training"], "gradient_accumulation_steps": 2}
     resumed = run_recipe(spec, tmp_path / "run", file=file, devices=TWO[:1])
-    assert (resumed.outcome.ended, resumed.progress.resumed_from) == ("done", 4)
+    assert (resumed.outcome.ended, resumed.progress.resumed_from) == ("done", step)
