@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import os
 import shutil
@@ -51,7 +52,10 @@ def load() -> Any:
             file.parent.mkdir(parents=True, exist_ok=True)
             _compile(compiler, file)
         library = ctypes.CDLL(str(file))
-    except PermissionError:  # nowhere to keep it
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        # There is nowhere to keep it.
         with tempfile.TemporaryDirectory() as made:
             _compile(compiler, Path(made) / "kept.so")
             library = ctypes.CDLL(f"{made}/kept.so")
@@ -69,7 +73,7 @@ def _folder() -> Path:
     try:
         return Path.home() / ".cache" / "lorry"
     except RuntimeError as error:
-        raise PermissionError(str(error)) from error
+        raise PermissionError(errno.EACCES, str(error)) from error
 
 
 def _whole(file: Path) -> bool:
