@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import socket
 import tempfile
 import threading
 import time
@@ -20,6 +19,7 @@ import psycopg
 import pytest
 from fastapi import FastAPI
 
+from benchmarks.common import free_port
 from service.app import create_app
 from service.db import Database
 from service.migrate import upgrade
@@ -31,14 +31,6 @@ pytest_plugins = ["tests.tiny"]
 
 for name in [n for n in os.environ if n.startswith("LORRY_")]:
     del os.environ[name]  # the tests say what they need
-
-
-def free_port() -> int:
-    """A TCP port on loopback that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @pytest.fixture(scope="session")
