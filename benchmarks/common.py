@@ -130,6 +130,20 @@ def environment(where: Path, **lorry_variables: str) -> dict[str, str]:
     return env | {f"LORRY_{k.upper()}": v for k, v in lorry_variables.items()}
 
 
+def wait_for(url: str, process: subprocess.Popen[Any], log: Path, seconds: float = 180) -> None:
+    """Until a server answers 200. Exits with what it logged if it ended, or does not in time."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            if httpx.get(url, trust_env=False).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise SystemExit(f"nothing answers at {url}:\n{log.read_text()[-4000:]}")
+        time.sleep(0.02)
+
+
 @contextmanager
 def api(where: Path, database_url: str, redis_url: str, **lorry_variables: str) -> Iterator[str]:
     """URL of a `lorry api` process that answers."""
@@ -141,16 +155,7 @@ def api(where: Path, database_url: str, redis_url: str, **lorry_variables: str) 
         )
     url = f"http://127.0.0.1:{port}"
     try:
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                if httpx.get(f"{url}/healthz", trust_env=False).status_code == 200:
-                    break
-            except httpx.TransportError:
-                pass
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"lorry api did not start:\n{(where / 'api.log').read_text()}")
-            time.sleep(0.02)
+        wait_for(f"{url}/healthz", process, where / "api.log")
         yield url
     finally:
         process.terminate()

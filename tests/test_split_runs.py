@@ -44,7 +44,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (fit, verify):
         monkeypatch.setattr(module, "next_token_logprobs", under_autocast(module.next_token_logprobs))
     monkeypatch.setattr(verify, "LIMIT_FLOAT32", verify.LIMIT_LOW)
-    monkeypatch.setattr(split_weights, "wanted", lambda train_embeddings, args: train_embeddings)
+    monkeypatch.setattr(split_weights, "wanted", lambda spec, args: spec.lora.train_embeddings)
 
 
 def spec_of(base: Path, **training: Any) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def test_a_run_learns_what_it_would_in_float32_and_saves_float32(
     run = run_recipe(spec_of(tiny_base), tmp_path / "split", file=rows)
     groups = {tuple(g["modules"]): g["dtype"] for g in run.progress.records["optimizer"]["groups"]}
     assert groups["embed_tokens", "lm_head"] == split_weights.DTYPE
-    monkeypatch.setattr(split_weights, "wanted", lambda train_embeddings, args: False)
+    monkeypatch.setattr(split_weights, "wanted", lambda spec, args: False)
     plain = run_recipe(spec_of(tiny_base), tmp_path / "float32", file=rows)
     assert "float32" in {g["dtype"] for g in plain.progress.records["optimizer"]["groups"]}
     for step, loss in plain.progress.losses.items():

@@ -132,7 +132,7 @@ def train_and_save(
         eval_capacity=eval_capacity,
         narrowed=narrowed,
         ranks=context.ranks,
-        split_embeddings=split_weights.wanted(spec.lora.train_embeddings, args),
+        split_embeddings=split_weights.wanted(spec, args),
     )
     groups = check_optimizer(trainer, spec)
     used = str(getattr(args.optim, "value", args.optim))

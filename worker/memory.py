@@ -123,8 +123,7 @@ def estimate(
     gpu, embeds = device == "cuda", spec.lora.train_embeddings
     held = 4 if spec.model.dtype == "float32" or (spec.model.dtype == "auto" and not gpu) else 2
     if embedding_bytes is None:
-        halves = gpu and held == 2 and checkpointing and spec.model.dtype != "float16"
-        embedding_bytes = SPLIT_BYTES if halves and spec.training.optim in SPLIT_OPTIMIZERS else TRAINED_BYTES
+        embedding_bytes = SPLIT_BYTES if gpu and splits_embeddings(spec, checkpointing) else TRAINED_BYTES
     one = keeps_tied and shape.tied
     matrices = 0 if not embeds else 1 if one else 2
     lora = shape.lora(spec.lora.target_modules, spec.lora.r)
@@ -168,6 +167,12 @@ def estimate(
         trainable=lora + matrices * shape.matrix,
         context_bytes=CONTEXT_BYTES[device],
     )
+
+
+def splits_embeddings(spec: CptSpec | IftSpec, checkpointing: bool) -> bool:
+    """Whether a run on a GPU that computes in bfloat16 holds 16 bits of each trained embedding (worker/split_weights.py)."""
+    short = spec.lora.train_embeddings and checkpointing
+    return short and spec.model.dtype in ("auto", "bfloat16") and spec.training.optim in SPLIT_OPTIMIZERS
 
 
 def _states(optim: str, gpu: bool) -> tuple[float, float]:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from worker.memory import SPLIT_OPTIMIZERS
+from service.specs import CptSpec, IftSpec
+from worker.memory import splits_embeddings
 
 SLICE = 1 << 22  # weights joined at a time: 16 MiB in float32, and a multiple of bitsandbytes' blocks of 256
 BLOCK = 256  # weights that share one absmax of an 8-bit state
@@ -23,12 +24,9 @@ PER_WEIGHT, PER_BLOCK = ("state1", "state2"), ("absmax1", "absmax2")
 NAN = 0x7FC00000
 
 
-def wanted(train_embeddings: bool, args: Any) -> bool:
-    """Whether a run holds its embeddings split: where memory is short enough for gradient checkpointing, on a GPU that
-    computes in bfloat16, with one of bitsandbytes' AdamW. worker/memory.py counts on the same."""
-    optim = str(getattr(args.optim, "value", args.optim))
-    short = train_embeddings and args.gradient_checkpointing
-    return bool(short and torch.cuda.is_available() and args.bf16 and optim in SPLIT_OPTIMIZERS)
+def wanted(spec: CptSpec | IftSpec, args: Any) -> bool:
+    """Whether a run holds its embeddings split: where memory is short enough for gradient checkpointing."""
+    return bool(torch.cuda.is_available() and args.bf16 and splits_embeddings(spec, args.gradient_checkpointing))
 
 
 def split(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,7 +8,6 @@ import re
 import resource
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,16 +72,7 @@ def process(where: Path, name: str, health: str, **lorry_variables: str) -> Iter
             common.lorry(name), env=common.environment(where, **variables), stdout=file, stderr=file
         )
     try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                if httpx.get(f"{url}{health}", trust_env=False).status_code == 200:
-                    break
-            except httpx.TransportError:
-                pass
-            if started.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"lorry {name} did not start:\n{log.read_text()}")
-            time.sleep(0.05)
+        common.wait_for(f"{url}{health}", started, log)
         yield Watched(url, started.pid)
     finally:
         started.terminate()

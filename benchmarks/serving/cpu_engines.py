@@ -7,7 +7,6 @@ import importlib.util
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -124,24 +123,16 @@ def generate_part(a: argparse.Namespace) -> None:
 @contextmanager
 def serve(a: argparse.Namespace, where: Path, dtype: str) -> Iterator[Ways]:
     port, base = common.free_port(), str(a.models / "base")
-    command = [sys.executable, "-c", "from transformers.cli.transformers import main; main()", "serve", base]
-    command += [
-        "--continuous-batching",
-        "--device",
-        "cpu",
-        "--dtype",
-        dtype,
-        "--port",
-        str(port),
-        "--host",
-        "127.0.0.1",
-    ]
+    command = [
+        sys.executable, "-c", "from transformers.cli.transformers import main; main()", "serve", base,
+        "--continuous-batching", "--device", "cpu", "--dtype", dtype, "--port", str(port), "--host", "127.0.0.1",
+    ]  # fmt: skip
     env = common.environment(where) | {"OMP_NUM_THREADS": str(a.threads)}
     url = f"http://127.0.0.1:{port}"
     with open(where / f"serve-{dtype}.log", "wb") as log:
         process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
     try:
-        wait(url, process, where / f"serve-{dtype}.log")
+        common.wait_for(f"{url}/health", process, where / f"serve-{dtype}.log")
         config = json.dumps({"max_new_tokens": a.new, "do_sample": False, "eos_token_id": None})
 
         def run(streams: int, adapted: bool) -> None:
@@ -153,19 +144,6 @@ def serve(a: argparse.Namespace, where: Path, dtype: str) -> Iterator[Ways]:
     finally:
         process.terminate()
         process.wait(30)
-
-
-def wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 180
-    while True:
-        try:
-            if httpx.get(f"{url}/health", trust_env=False).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        if process.poll() is not None or time.monotonic() > deadline:
-            raise SystemExit(f"no server at {url}:\n{log.read_text()[-2000:]}")
-        time.sleep(0.1)
 
 
 @contextmanager

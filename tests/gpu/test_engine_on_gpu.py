@@ -11,7 +11,6 @@ import torch
 
 from tests.serving import KINDS, engine_settings, make_adapter
 from tests.test_engine_model import TOKENS, generate, greedy, mixed, prompt, registry
-from tests.tiny import make_tiny_base
 from worker.engine.engine import Engine
 from worker.engine.request import Request
 from worker.engine.runner import ModelRunner
@@ -19,13 +18,6 @@ from worker.engine.sampling import Chosen, choose
 from worker.engine.scheduler import Scheduled
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("engine") / "base"
-    make_tiny_base(folder, hidden=256, intermediate=512)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ import torch
 
 from service.specs import ModelSpec
 from tests.recipes import Run, cpt_spec, ift_spec, run_recipe
-from tests.tiny import make_tiny_base
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -37,13 +36,6 @@ WORDS = [
     "many",
     "people",
 ]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("gpu") / "base"
-    make_tiny_base(folder, hidden=256, intermediate=512)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -12,23 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.recipes import Run, chats, cpt_spec, ift_spec, run_recipe, texts
+from tests.recipes import Run, chats, cpt_spec, ift_spec, run_recipe
 from tests.tiny import make_tiny_base
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Wider than the CPU tests' model: the fused kernels want heads of 64, and an MLP wider than the model."""
-    folder = tmp_path_factory.mktemp("gpu") / "base"
-    make_tiny_base(folder, hidden=256, intermediate=512)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return texts(tmp_path_factory.mktemp("rows") / "cpt.jsonl", n=100)
 
 
 @pytest.fixture(scope="module")

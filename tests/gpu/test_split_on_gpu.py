@@ -10,24 +10,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from tests.recipes import Run, cpt_spec, run_recipe, texts
-from tests.tiny import make_tiny_base
+from tests.recipes import Run, cpt_spec, run_recipe
 from worker import split_weights
 from worker.split_weights import SplitWeights
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("gpu") / "base"
-    make_tiny_base(folder, hidden=256, intermediate=512)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return texts(tmp_path_factory.mktemp("rows") / "cpt.jsonl", n=100)
 
 
 def spec_of(base: Path, **more: Any) -> dict[str, Any]:
@@ -80,7 +67,7 @@ def test_a_run_learns_what_it_would_in_float32(
     runs = {}
     for enabled in (False, True):
         if not enabled:
-            monkeypatch.setattr(split_weights, "SPLIT_OPTIMIZERS", ())
+            monkeypatch.setattr(split_weights, "wanted", lambda spec, args: False)
         else:
             monkeypatch.undo()
         runs[enabled] = run_recipe(spec_of(base), tmp_path / str(enabled), file=rows)

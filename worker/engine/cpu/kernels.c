@@ -412,6 +412,23 @@ static void keep(const Layer *l, const Shape *s, const Step *step, int64_t row, 
     memcpy(l->values + at, v, width * sizeof(float));
 }
 
+// x [rows, out] += in w' and updates, for all threads when it returns. `out` [rows, out] and `inner` [rows, most] are room.
+static void add_product(const Matrix *m, const Segment *segments, int64_t count, int64_t site, const float *in, float *out,
+                        float *inner, int64_t most, float *x, int64_t rows, Barrier *all)
+{
+    int64_t from, to;
+    narrow(segments, count, site, in, inner, m->in, most);
+    product(m, in, out, rows, &from, &to);
+    if (count) {
+        meet(all);
+        widen(segments, count, site, inner, out, m->out, most, from, to);
+    }
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = from; c < to; c++)
+            x[r * m->out + c] += out[r * m->out + c];
+    meet(all);
+}
+
 // Run all layers and the norm over one token of each of several sequences.
 //
 // x [rows, hidden], overwritten with the result. `shared` has room for rows × (2 hidden + (2 heads + 2 kv_heads) width +
@@ -460,16 +477,7 @@ void lorry_layers(const Shape *s, const Layer *layers, const Step *step, const S
             for (int64_t at = 0; at < rows * s->heads; at++)
                 attend(l, s, step, at / s->heads, at % s->heads, q + at * width, heads + at * width, room);
             meet(&all);
-            narrow(segments, count, site + O, heads, inner, q_width, most);
-            product(m + O, heads, out, rows, &from, &to);
-            if (count) {
-                meet(&all);
-                widen(segments, count, site + O, inner, out, s->hidden, most, from, to);
-            }
-            for (int64_t r = 0; r < rows; r++)
-                for (int64_t c = from; c < to; c++)
-                    x[r * s->hidden + c] += out[r * s->hidden + c];
-            meet(&all);
+            add_product(m + O, segments, count, site + O, heads, out, inner, most, x, rows, &all);
             for (int64_t r = 0; r < rows; r++)
                 normed(x + r * s->hidden, l->post_norm, h + r * s->hidden, s->hidden, l->eps);
             narrow(segments, count, site + GATE, h, inner, s->hidden, most);
@@ -492,16 +500,7 @@ void lorry_layers(const Shape *s, const Layer *layers, const Step *step, const S
                     g[c] = g[c] / (1.0f + exponential((vec){0} - g[c])[0]) * u[c];
             }
             meet(&all);
-            narrow(segments, count, site + DOWN, gate, inner3, s->inner, most);
-            product(m + DOWN, gate, out, rows, &from, &to);
-            if (count) {
-                meet(&all);
-                widen(segments, count, site + DOWN, inner3, out, s->hidden, most, from, to);
-            }
-            for (int64_t r = 0; r < rows; r++)
-                for (int64_t c = from; c < to; c++)
-                    x[r * s->hidden + c] += out[r * s->hidden + c];
-            meet(&all);
+            add_product(m + DOWN, segments, count, site + DOWN, gate, out, inner3, most, x, rows, &all);
         }
 #pragma omp for
         for (int64_t r = 0; r < rows; r++) {
