@@ -119,7 +119,7 @@ def test_the_arrays_of_a_step_are_one_block_of_memory() -> None:
         getattr(views, name)[...] = i + 1
     counts = [int((block == i + 1).sum()) for i in range(len(shape.sections))]
     assert counts == [3, 3, 3, 3, 2, 2, 6, 4, 12]
-    assert not (block == 0).any()
+    assert (block == 0).sum() == 4 * 1 + 2 * 2 + 2  # each section but the last two ends in padding
 
 
 def make_scheduler(**limits: int) -> Scheduler:
@@ -132,6 +132,16 @@ def launch(step: list[Scheduled], scheduler: Scheduler) -> None:
         scheduler.computed(s)
         if s.samples:
             s.request.pending += 1
+
+
+def test_every_array_of_a_step_begins_at_a_multiple_of_16_bytes() -> None:
+    """Triton compiles a kernel again, for a second or so, when a pointer is aligned otherwise than before."""
+    for odd in range(1, 6):
+        shape = plan.Shape(odd, odd, odd, odd, odd, odd, odd)
+        block = numpy.zeros(shape.size, dtype=numpy.int32)
+        for name in shape.sections:
+            offset = getattr(shape.views(block), name).ctypes.data - block.ctypes.data
+            assert offset % 16 == 0, (name, odd, offset)
 
 
 def test_a_step_ahead_goes_on_with_tokens_that_are_not_known_yet() -> None:

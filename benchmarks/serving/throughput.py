@@ -38,15 +38,24 @@ VLLM_ENVIRONMENT = {
 }
 
 
-def make_adapters(size: str, folder: Path, count: int, rank: int) -> list[Path]:
-    """Folders of `count` random PEFT adapters on all projections, made if missing."""
-    made = [folder / f"{size}-r{rank}-{i}" for i in range(count)]
+def make_adapters(size: str, folder: Path, count: int, rank: int, embeddings: bool = False) -> list[Path]:
+    """Folders of `count` random PEFT adapters on all projections, made if missing; `embeddings`: and both trained."""
+    made = [folder / f"{size}-r{rank}{'-embeddings' if embeddings else ''}-{i}" for i in range(count)]
     for i, path in enumerate(made):
-        make_adapter(path, folder / size, SHAPES[size], rank, seed=i)
+        make_adapter(path, folder / size, SHAPES[size], rank, seed=i, embeddings=embeddings)
     return made
 
 
-def make_adapter(path: Path, base: Path, shape: dict[str, Any], rank: int, *, seed: int, rslora: bool = True) -> None:
+def make_adapter(
+    path: Path,
+    base: Path,
+    shape: dict[str, Any],
+    rank: int,
+    *,
+    seed: int,
+    rslora: bool = True,
+    embeddings: bool = False,
+) -> None:
     """A random PEFT adapter on all projections of a Llama of this shape (its config's names), made if missing."""
     import torch
     from safetensors.torch import save_file
@@ -76,6 +85,11 @@ def make_adapter(path: Path, base: Path, shape: dict[str, Any], rank: int, *, se
             tensors[f"{key}.lora_A.weight"] = a.bfloat16()
             b = 0.01 * torch.randn(fan_out, rank, generator=random_numbers)
             tensors[f"{key}.lora_B.weight"] = b.bfloat16()
+    if embeddings:
+        config["modules_to_save"] = ["embed_tokens", "lm_head"]
+        for key in ("model.embed_tokens", "lm_head"):
+            matrix = 0.02 * torch.randn(shape["vocab_size"], hidden, generator=random_numbers)
+            tensors[f"base_model.model.{key}.weight"] = matrix.bfloat16()
     save_file(tensors, path / "adapter_model.safetensors")
     (path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
 
@@ -88,6 +102,8 @@ def prompts(arguments: argparse.Namespace) -> list[list[int]]:
 
 def lorry_rounds(arguments: argparse.Namespace, model: Path, folders: list[Path]) -> None:
     """Print a line of JSON a figure of the engine."""
+    import torch
+
     from service.settings import Settings
     from worker.engine.engine import Engine
     from worker.engine.request import Request, SamplingParams
@@ -153,6 +169,12 @@ def lorry_rounds(arguments: argparse.Namespace, model: Path, folders: list[Path]
         await asyncio.to_thread(engine.stop)
 
     asyncio.run(all_rounds())
+    if torch.cuda.is_available():
+        whole = torch.cuda.max_memory_allocated() / 2**30
+        held = engine.runner.num_blocks * engine.runner.cache.bytes_per_block(torch.bfloat16) / 2**30
+        for figure, value in (("peak_gib", whole), ("of it cache_gib", held)):
+            line = {"figure": figure, "engine": "lorry", "adapters": len(folders), "value": round(value, 2)}
+            print(json.dumps(line), flush=True)
 
 
 def vllm_rounds(arguments: argparse.Namespace, model: Path, folders: list[Path]) -> None:
@@ -201,6 +223,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048, help="the engine's longest request")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--nf4", action="store_true", help="the engine's base in NF4")
+    parser.add_argument("--embeddings", action="store_true", help="adapters with embed_tokens and lm_head trained")
     parser.add_argument("--no-graphs", action="store_true", help="the engine without CUDA graphs")
     parser.add_argument("--models", type=Path, help="folder in which model and adapters are kept for the next run")
     parser.add_argument("--part", help=argparse.SUPPRESS)
@@ -209,7 +232,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     numbers = [int(n) for n in arguments.adapters.split(",")]
     if arguments.part:
-        folders = make_adapters(arguments.size, arguments.models, numbers[0], arguments.rank)
+        folders = make_adapters(arguments.size, arguments.models, numbers[0], arguments.rank, arguments.embeddings)
         run = {"lorry": lorry_rounds, "vllm": vllm_rounds}[arguments.part]
         run(arguments, arguments.models / arguments.size, folders)
         return
@@ -218,7 +241,7 @@ def main() -> None:
         models = arguments.models or where
         if not (models / arguments.size).exists():
             make_model(arguments.size, str(models))
-        make_adapters(arguments.size, models, max(numbers), arguments.rank)
+        make_adapters(arguments.size, models, max(numbers), arguments.rank, arguments.embeddings)
         report = common.Report("serving/throughput", common.wait_until_calm(arguments.calm))
         for engine in arguments.engines.split(","):
             if importlib.util.find_spec("vllm" if engine == "vllm" else "worker") is None:

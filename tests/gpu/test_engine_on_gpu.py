@@ -186,6 +186,26 @@ def test_as_many_tokens_as_asked_for_come_from_every_bucket(base: Path) -> None:
     assert [r.output_ids for r in run_base(runner)] == expected
 
 
+def test_nothing_is_compiled_once_the_graphs_are_captured(base: Path, folders: dict[str, Path]) -> None:
+    """A kernel that is compiled holds up every stream for a second."""
+    from triton import knobs
+
+    runner = runner_of(base)
+    outputs(runner, folders)
+    assert runner._gpu is not None
+    runner._gpu.captured = False  # every step with a prompt runs launch by launch, in a shape of its own
+    compiled: list[str] = []
+    knobs.runtime.jit_post_compile_hook = lambda **about: compiled.append(str(about["repr"]))
+    try:
+        outputs(runner, folders)
+        for n in range(1, 9):
+            found = registry(runner)
+            generate(runner, [greedy(prompt(n + i, i), found, None, tokens=3) for i in range(n)])
+    finally:
+        knobs.runtime.jit_post_compile_hook = None
+    assert not compiled, compiled
+
+
 def run_base(runner: ModelRunner) -> list[Request]:
     found = registry(runner)
     requests = [greedy(prompt(5 + i, i), found, None, tokens=1 + i % TOKENS) for i in range(40)]

@@ -5,6 +5,7 @@ A step that is decodes alone is padded to a bucket, the shape of a captured grap
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -96,23 +97,20 @@ class Shape:
 
     @cached_property
     def size(self) -> int:
-        return sum(_numel(shape) for shape in self.sections.values())
+        return sum(_padded(shape) for shape in self.sections.values())
 
     def views(self, block: Any) -> Arrays:
         """The arrays within a block of `size` numbers, a NumPy array or a tensor."""
         found, at = {}, 0
         for name, shape in self.sections.items():
-            n = _numel(shape)
-            found[name] = block[at : at + n].reshape(shape)
-            at += n
+            found[name] = block[at : at + math.prod(shape)].reshape(shape)
+            at += _padded(shape)
         return Arrays(**found)
 
 
-def _numel(shape: tuple[int, ...]) -> int:
-    n = 1
-    for size in shape:
-        n *= size
-    return n
+def _padded(shape: tuple[int, ...]) -> int:
+    """Numbers that a section takes: whole 16 bytes. Triton compiles a kernel anew for pointers that are no multiple of 16."""
+    return -(-math.prod(shape) // 4) * 4
 
 
 @dataclass(slots=True)
