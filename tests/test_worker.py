@@ -22,7 +22,7 @@ from service.queue import JobQueue
 from service.settings import Settings
 from tests.conftest import free_port, new_database
 from tests.recipes import chats, cpt_spec, ift_spec, texts
-from tests.worker_kit import Host, child_of, gone, host_on, kill
+from tests.worker_kit import Host, child_of, gone, host_on, kill, stopped
 from worker.progress import persist
 
 
@@ -185,17 +185,12 @@ def test_a_host_that_fell_silent_is_noticed_and_its_old_run_can_write_nothing(
     with host.worker() as frozen:
         host.step(job, 15)
         child = child_of(frozen)
-        os.kill(frozen.pid, signal.SIGSTOP)
-        os.kill(child, signal.SIGSTOP)
-        try:
-            with host.worker():
-                row = host.wait(job, lambda r: r.attempt == 2 and r.status in ("preparing", "running"), seconds=30)
-                owner = row.run_id
-                os.kill(child, signal.SIGCONT)
-                assert gone(child), "a run that lost its job must stop"
-                row = host.status(job, "succeeded", "failed")
-        finally:
-            os.kill(frozen.pid, signal.SIGCONT)
+        with stopped(host, frozen.pid, child), host.worker():
+            row = host.wait(job, lambda r: r.attempt == 2 and r.status in ("preparing", "running"), seconds=30)
+            owner = row.run_id
+            os.kill(child, signal.SIGCONT)
+            assert gone(child), "a run that lost its job must stop"
+            row = host.status(job, "succeeded", "failed")
     assert (row.status, row.attempt) == ("succeeded", 2)
     first, second = host.runs(job)
     assert second.id == owner

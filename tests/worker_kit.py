@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import make_url, select
 
 from service.db import Database
 from service.files.service import Upload
@@ -176,6 +178,45 @@ def gone(pid: int, seconds: float = 30) -> bool:
             return True
         time.sleep(0.05)
     return False
+
+
+@contextmanager
+def stopped(host: Host, *pids: int) -> Iterator[None]:
+    """Processes that stand still, none of them within a transaction: on SQLite it would hold up every other writer.
+
+    They may be continued, and end, meanwhile.
+    """
+    for _ in range(100):
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        if can_write(host):
+            break
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+        time.sleep(random.uniform(0, 0.05))  # at another point of what they do over and over
+    else:
+        raise AssertionError("they are always in a transaction")
+    try:
+        yield
+    finally:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
+def can_write(host: Host) -> bool:
+    """Whether nobody holds the database's write lock, waiting a moment for it."""
+    if not host.db.sqlite:
+        return True
+    path = make_url(host.settings.sqlalchemy_url).database
+    assert path is not None
+    with closing(sqlite3.connect(path, timeout=0.3, isolation_level=None)) as connection:
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError:
+            return False
+        connection.execute("ROLLBACK")
+    return True
 
 
 def kill(pid: int) -> None:
