@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from tests.test_engine_model import adapters, generate, mixed  # noqa: E402, F40
 from worker.engine.gpu import plan  # noqa: E402
 from worker.engine.gpu.attention import chunk_attention, decode_attention  # noqa: E402
 from worker.engine.gpu.elementwise import add_norm, rotate_and_store, swiglu  # noqa: E402
-from worker.engine.gpu.lora import lora_update  # noqa: E402
+from worker.engine.gpu.lora import lora_update, starts_early  # noqa: E402
 from worker.engine.gpu.slots import AdapterSlots  # noqa: E402
 from worker.engine.lora import AdapterWeights, LoraPair  # noqa: E402
 from worker.engine.runner import ModelRunner  # noqa: E402
@@ -141,6 +142,20 @@ def test_rows_get_the_update_of_their_adapter_alone(widths: tuple[int, ...], ins
         close(update[row], torch.cat(parts))
 
 
+@pytest.mark.parametrize(
+    ("capability", "cuda", "early"),
+    [((9, 0), "13.0", True), ((12, 0), "13.0", True), ((8, 9), "13.0", False), ((9, 4), None, False)],
+)
+def test_launches_wait_within_only_on_a_gpu_that_can(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], cuda: str | None, early: bool
+) -> None:
+    """On an older one the kernel does not compile: it is an RTX 4090's 8.9, and ROCm's numbers mean something else."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    assert starts_early.__wrapped__(torch.device("cuda", 0)) is early
+    assert not starts_early.__wrapped__(torch.device("cpu"))
+
+
 def test_a_slot_is_kept_while_it_is_used_and_then_goes_to_another_adapter() -> None:
     def weights(rank: int) -> AdapterWeights:
         a, b = torch.zeros(rank, 8, device=DEVICE), torch.zeros(8, rank, device=DEVICE)
@@ -230,3 +245,27 @@ def test_a_mixed_batch_through_the_kernels_equals_peft_alone(
     generate(runner, requests[:6], max_batch=3, max_step_tokens=33)
     for r in requests[:6]:
         assert r.output_ids == peft_greedy(tiny_base, adapters.get(r.key), r.prompt_ids, 3), r.key
+
+
+def test_steps_of_every_shape_give_the_kernels_arrays_at_multiples_of_16_bytes(
+    tiny_base: Path,
+    adapters: dict[str, Path],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Triton compiles a kernel again, for a second or so, when a pointer is aligned otherwise than before."""
+    seen: list[tuple[int, int]] = []
+
+    def recorded(q: torch.Tensor, *tensors: torch.Tensor, **how: Any) -> None:
+        tables, tiles = tensors[3:5]
+        seen.append((tables.data_ptr() % 16, tiles.data_ptr() % 16))
+        chunk_attention(q, *tensors, **how)
+
+    monkeypatch.setattr("worker.engine.gpu.decoder.chunk_attention", recorded)
+    runner = ModelRunner(engine_settings(tiny_base, engine_cache_bytes=1 << 24, engine_dtype="float32"), kernels=True)
+    assert runner._gpu is not None
+    runner._gpu.captured = False
+    requests, _ = mixed(runner, adapters)
+    for r in requests:
+        r.params = type(r.params)(max_tokens=3, temperature=0.0)
+    generate(runner, requests[:6], max_batch=3, max_step_tokens=33)
+    assert set(seen) == {(0, 0)}

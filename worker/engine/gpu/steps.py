@@ -210,7 +210,8 @@ class GpuSteps:
             return self._head(out.index_select(0, bucket.arrays.samples[: len(samples)]), sampling), sampling
         decodes = sum(map(plan.is_decode, step))
         chunks = sum(-(-c // QUERY_TILE) for c in counts[decodes:])
-        width = max(len(s.request.blocks) for s in step)
+        # Of four: the chunks' tables, behind those of the decodes, begin at a multiple of 16 bytes too.
+        width = -(-max(len(s.request.blocks) for s in step) // 4) * 4
         shape = plan.Shape(rows, decodes, len(step) - decodes, len(sampling), len(tiles), chunks, width)
         block = torch.empty(shape.size, dtype=torch.int32, pin_memory=self.device.type == "cuda")
         host = shape.views(block.numpy())
