@@ -16,7 +16,7 @@ from peft.utils import ModulesToSaveWrapper
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, TrainerCallback
 
 from service.errors import JobFailure
 from service.specs import LoraSpec, ModelSpec
@@ -116,6 +116,13 @@ def offload_originals(model: PeftModel) -> None:
         if isinstance(module, ModulesToSaveWrapper):
             for parameter in module.original_module.parameters():
                 parameter.data = parameter.data.to("cpu")
+
+
+class OriginalsOffDevice(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    """What accelerate has put onto the GPU with the rest of the model, and no pass reads, goes off it again."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        offload_originals(model)
 
 
 def widen_loss_chunks() -> None:

@@ -7,8 +7,10 @@ precision while the GPU holds bfloat16 and gradients are bfloat16. See docs/deci
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from torch import nn
 from service.specs import CptSpec, IftSpec
 from worker.memory import splits_embeddings
 
-SLICE = 1 << 22  # weights joined at a time: 16 MiB in float32, and a multiple of bitsandbytes' blocks of 256
+SLICE = 1 << 24  # weights joined at a time: 64 MiB in float32, and a multiple of bitsandbytes' blocks of 256
 BLOCK = 256  # weights that share one absmax of an 8-bit state
 DTYPE = "float32 (bfloat16 + 16 bits)"  # for the record
 PER_WEIGHT, PER_BLOCK = ("state1", "state2"), ("absmax1", "absmax2")
@@ -51,16 +53,35 @@ class SplitWeights:
         """Split float32 parameters in place. The low halves of those on a GPU go to the host, page-locked."""
         self.low: dict[nn.Parameter, torch.Tensor] = {}
         on_gpu = any(parameter.is_cuda for parameter in parameters)
+        self.kernels = _kernels() if on_gpu else None
         self.stream = torch.cuda.Stream() if on_gpu else None  # takes halves back while the next pass is computed
         self.gradient_scale: torch.Tensor | None = None  # what clipping asks for; applied once, within the next step
+        self.order: list[nn.Parameter] = []  # in which the optimiser comes to them
+        # Low halves on their way to the GPU, and what tells that each slice has arrived.
+        self._fetched: dict[nn.Parameter, tuple[torch.Tensor, list[torch.cuda.Event]]] = {}
         for parameter in parameters:
             whole = parameter.data.contiguous()
             parameter.data = torch.empty_like(whole, dtype=torch.bfloat16)
             self.low[parameter] = torch.empty(whole.shape, dtype=torch.int16, device="cpu", pin_memory=whole.is_cuda)
             self._put(parameter, whole)
 
+    def _fetch(self, parameter: nn.Parameter) -> None:
+        """Send the low half to the GPU, slice by slice, beside what it computes."""
+        if self.stream is None or parameter in self._fetched:
+            return
+        held, low = self.low[parameter].view(-1), torch.empty_like(self.low[parameter], device=parameter.device)
+        self.stream.wait_stream(torch.cuda.current_stream())  # which may still use what was in this memory
+        arrived = []
+        with torch.cuda.stream(self.stream):
+            for start in range(0, held.numel(), SLICE):
+                low.view(-1)[start : start + SLICE].copy_(held[start : start + SLICE], non_blocking=True)
+                arrived.append(self.stream.record_event())
+        low.record_stream(self.stream)
+        self._fetched[parameter] = low, arrived
+
     def _put(self, parameter: nn.Parameter, whole: torch.Tensor) -> None:
         high, low, source = parameter.data.view(-1), self._arrived(parameter).view(-1), whole.reshape(-1)
+        self._fetched.clear()
         for start in range(0, source.numel(), SLICE):
             at = slice(start, start + SLICE)
             high[at], rest = split(source[at].to(high.device, torch.float32))
@@ -105,6 +126,7 @@ class SplitWeights:
         if not hasattr(optimizer, "update_step") or not hasattr(optimizer, "non_castable_tensor_keys"):
             raise TypeError(f"no optimiser of bitsandbytes: {type(optimizer).__name__}")
         update = optimizer.update_step
+        self.order = [p for group in optimizer.param_groups for p in group["params"] if p in self.low]
 
         def update_step(group: Any, parameter: nn.Parameter, gindex: int, pindex: int) -> None:
             if parameter in self.low:
@@ -116,19 +138,19 @@ class SplitWeights:
 
     def _step(self, optimizer: Any, update: Any, group: Any, parameter: nn.Parameter, gindex: int, pindex: int) -> None:
         assert parameter.grad is not None
-        high, held = parameter.data.view(-1), self.low[parameter].view(-1)
-        if self.stream is not None:
-            torch.cuda.current_stream().wait_stream(self.stream)  # the last step's half is on its way to the host
-        low = held.to(high.device, non_blocking=True)
+        self._fetch(parameter)  # unless clipping has
+        low, arrived = self._fetched.pop(parameter, (self.low[parameter], []))
+        high, low = parameter.data.view(-1), low.view(-1)
         gradient, state = parameter.grad.reshape(-1), optimizer.state[parameter]
         step = state["step"]
         for start in range(0, high.numel(), SLICE):
             end = min(start + SLICE, high.numel())
             at, blocks = slice(start, end), slice(start // BLOCK, -(-end // BLOCK))
-            part = nn.Parameter(join(high[at], low[at]), requires_grad=True)
-            part.grad = gradient[at].float()
-            if self.gradient_scale is not None:
-                part.grad.mul_(self.gradient_scale)
+            if arrived:
+                torch.cuda.current_stream().wait_event(arrived[start // SLICE])
+            weights, gradients = self._joined(high[at], low[at], gradient[at])
+            part = nn.Parameter(weights, requires_grad=True)
+            part.grad = gradients
             optimizer.state[part] = state | {
                 **{key: _slice(state[key].view(-1), at, state[key]) for key in PER_WEIGHT if key in state},
                 **{key: _slice(state[key], blocks, state[key]) for key in PER_BLOCK if key in state},
@@ -138,27 +160,49 @@ class SplitWeights:
                 update(group, part, gindex, pindex)
             finally:
                 del optimizer.state[part]
-            high[at], low[at] = split(part.data)
+            if self.kernels is not None:
+                self.kernels.split_slice(part.data, high[at], low[at])
+            else:
+                high[at], low[at] = split(part.data)
         state["step"] = step + 1
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
-                held.copy_(low, non_blocking=True)
+                self.low[parameter].view(-1).copy_(low, non_blocking=True)
             low.record_stream(self.stream)
+
+    def _joined(
+        self, high: torch.Tensor, low: torch.Tensor, gradient: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.kernels is not None:
+            joined: tuple[torch.Tensor, torch.Tensor] = self.kernels.join_slice(
+                high, low, gradient, self.gradient_scale
+            )
+            return joined
+        gradients = gradient.float()
+        return join(high, low), gradients if self.gradient_scale is None else gradients * self.gradient_scale
 
     def clip(self, parameters: Iterable[nn.Parameter], most: float) -> torch.Tensor:
         """The norm of all gradients, summed in float32; scales them so that it is at most `most`.
 
         As torch's clip_grad_norm_, but a bfloat16 gradient is not rounded again: its scale is applied in the next step.
+        The backward pass is over, and its memory free: the low halves set out for the GPU.
         """
+        for parameter in self.order:
+            self._fetch(parameter)
         own = [p for p in parameters if p.grad is not None]
         norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in own]
         norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.tensor(0.0)
         self.gradient_scale = (most / (norm + 1e-6)).clamp(max=1.0)
-        for parameter in own:
-            if parameter not in self.low:
-                parameter.grad.mul_(self.gradient_scale)
+        nn.utils.clip_grads_with_norm_([p for p in own if p not in self.low], most, norm)
         return norm
+
+
+def _kernels() -> ModuleType | None:
+    try:
+        return importlib.import_module("worker.split_kernels")
+    except ImportError:  # no Triton: the same as tensor operations, slower
+        return None
 
 
 def _slice(values: torch.Tensor, at: slice, of: torch.Tensor) -> torch.Tensor:

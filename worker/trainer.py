@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
+from transformers import EarlyStoppingCallback, Trainer, TrainerState
 from unsloth import UnslothTrainer, UnslothTrainingArguments, is_bfloat16_supported
 
 from service.specs import CptSpec, IftSpec
@@ -25,8 +25,8 @@ from worker.checkpoints import (
     trainable_part,
 )
 from worker.files import replace_folder, write_json
-from worker.model import load_weights, offload_originals, on_gpu
-from worker.optimizer import page_states
+from worker.model import OriginalsOffDevice, load_weights, on_gpu
+from worker.optimizer import page_states, wait_less
 from worker.outcome import Ask, Interrupted, Progress
 from worker.passes import Capacity, collate, passes_of, take, trained_tokens
 from worker.ranks import ALONE, Ranks
@@ -130,6 +130,8 @@ class LorryTrainer(UnslothTrainer):  # type: ignore[misc, unused-ignore]
         optimizer = super().create_optimizer(model)
         if self.split and fresh:
             self.split.attach(optimizer)
+        if fresh:
+            wait_less(optimizer)
         return optimizer
 
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
@@ -328,13 +330,6 @@ class LorryTrainer(UnslothTrainer):  # type: ignore[misc, unused-ignore]
         # By its step: a folder restored from a backup may lie elsewhere than the state in its checkpoints says.
         best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
         self.load(best)
-
-
-class OriginalsOffDevice(TrainerCallback):  # type: ignore[misc, unused-ignore]
-    """What accelerate has put onto the GPU with the rest of the model, and no pass reads, goes off it again."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        offload_originals(model)
 
 
 def train(trainer: LorryTrainer, spec: CptSpec | IftSpec, progress: Progress, checkpoints: Path) -> Ask | None:
