@@ -86,6 +86,16 @@ class Settings(BaseSettings):
     engine_max_adapters: int = Field(
         16, ge=1, description="Adapters kept loaded in the engine; the least recently used leaves first."
     )
+    engine_adapter_bytes: int = Field(
+        0,
+        ge=0,
+        description="Memory of the adapters kept loaded, in bytes of the engine's device; 0: half of what is free once it has started.",
+    )
+    engine_adapter_host_bytes: int | None = Field(
+        None,
+        ge=0,
+        description="Host memory, in bytes, for adapters that left the engine's GPU, from where one comes back in a few milliseconds; unset: a quarter of what is free.",
+    )
     engine_cuda_graphs: bool = Field(
         True,
         description="Capture the engine's decode steps as CUDA graphs: a start some seconds longer, then faster steps.",

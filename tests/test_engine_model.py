@@ -13,7 +13,7 @@ import torch
 from service.bases import base_key
 from service.errors import Conflict, Invalid, LorryError, NotFound
 from tests.serving import KINDS, engine_settings, make_adapter, peft_greedy
-from worker.engine.adapters import AdapterRegistry
+from worker.engine.registry import AdapterRegistry, Room
 from worker.engine.request import Request, SamplingParams
 from worker.engine.runner import ModelRunner, UnsupportedModel
 from worker.engine.sampling import sample
@@ -35,7 +35,7 @@ def prompt(length: int, seed: int) -> list[int]:
 
 
 def registry(runner: ModelRunner, capacity: int = 16) -> AdapterRegistry:
-    return AdapterRegistry(runner.base_info(), capacity, runner.bank.install)
+    return AdapterRegistry(runner.base_info(), Room(capacity), runner.bank.install)
 
 
 def generate(runner: ModelRunner, requests: list[Request], **limits: int) -> Scheduler:
@@ -193,7 +193,7 @@ def runner(tiny_base: Path) -> ModelRunner:
 
 def test_the_least_recently_used_adapter_leaves_and_comes_back(runner: ModelRunner, adapters: dict[str, Path]) -> None:
     evicted = []
-    found = AdapterRegistry(runner.base_info(), 2, runner.bank.install, lambda: evicted.append(1))
+    found = AdapterRegistry(runner.base_info(), Room(2), runner.bank.install, lambda: evicted.append(1))
     found.load("small", adapters["small"])
     found.load("full", adapters["full"])
     assert found.peek("small") is not None  # a use: "full" is now the older one

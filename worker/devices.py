@@ -1,8 +1,9 @@
-"""The devices of one job, out of those its worker owns. No torch here: it must find them chosen."""
+"""The devices of one job, out of those its worker owns, and the host's memory. No torch here: it must find them chosen."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from service.errors import JobFailure
 from service.gpus import CPU, gpus_of
@@ -25,3 +26,14 @@ def take_devices(spec: CptSpec | IftSpec | ExportSpec, settings: Settings) -> li
     if owned and owned[0] != CPU:
         os.environ["CUDA_VISIBLE_DEVICES"] = owned[0]
     return owned[: 1 if isinstance(spec, ExportSpec) else asked]
+
+
+def free_host_memory() -> int:
+    """Bytes of this host's memory that a process can have without swapping; in a container (cgroup v2), of its limit."""
+    lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
+    try:
+        most, used = (Path("/sys/fs/cgroup", f"memory.{what}").read_text("ascii") for what in ("max", "current"))
+        return min(free, max(0, int(most) - int(used)))
+    except (OSError, ValueError):  # no such limit; "max" is none
+        return free

@@ -5,7 +5,8 @@
 are, each for an adapter drawn by Zipf's law (the k-th of --names with a weight of 1/k). An adapter that was evicted is read
 again when a request names it, outside the engine's thread. Figures, of each number of --resident places: output tokens per
 second; requests that had to wait for a read, and how long; the longest and the 99th percentile of the time between two
-deltas of a running stream, which is what a load costs the others. Every adapter is loaded once before the clock starts.
+deltas of a running stream, which is what a load costs the others. Every adapter is loaded once before the clock starts: on a
+GPU those without a place wait in the host's memory, as far as --host-gib goes.
 
 Adapters are random ones on all projections; --files of them are made, and hard links give the others their weights: each
 is read from its own folder, out of the page cache. Weights of the base are random, in a Llama's shape. Each number of
@@ -102,6 +103,7 @@ def part(arguments: argparse.Namespace, resident: int) -> None:
 
     from service.settings import Settings
     from worker.engine.engine import Engine
+    from worker.engine.registry import room_for
     from worker.engine.runner import ModelRunner
 
     torch.set_num_threads(arguments.threads)
@@ -113,12 +115,14 @@ def part(arguments: argparse.Namespace, resident: int) -> None:
         engine_max_seq_length=arguments.prompt + arguments.new + 32,
         engine_max_adapters=resident,
         engine_cache_bytes=int(arguments.cache_gib * 2**30),
+        engine_adapter_host_bytes=None if arguments.host_gib is None else int(arguments.host_gib * 2**30),
     )
+    runner = ModelRunner(settings)
     engine = Engine(
-        ModelRunner(settings),
+        runner,
         max_batch=settings.engine_max_batch,
         max_queue=settings.engine_max_queue,
-        max_adapters=settings.engine_max_adapters,
+        room=room_for(settings, runner.device),
     )
 
     async def go() -> tuple[list[float], dict[str, Any]]:
@@ -156,6 +160,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--warm-up", type=float, default=3.0, help="seconds of the same before, not counted")
     parser.add_argument("--cache-gib", type=float, default=4.0, help="LORRY_ENGINE_CACHE_BYTES (default: 4)")
+    parser.add_argument("--host-gib", type=float, help="LORRY_ENGINE_ADAPTER_HOST_BYTES (default: its own)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch (default: one a core)")
     parser.add_argument("--models", type=Path, help="folder in which model and adapters are kept for the next run")
     parser.add_argument("--part", type=int, help=argparse.SUPPRESS)

@@ -106,6 +106,7 @@ def lorry_rounds(arguments: argparse.Namespace, model: Path, folders: list[Path]
 
     from service.settings import Settings
     from worker.engine.engine import Engine
+    from worker.engine.registry import Room
     from worker.engine.request import Request, SamplingParams
     from worker.engine.runner import ModelRunner
 
@@ -122,7 +123,7 @@ def lorry_rounds(arguments: argparse.Namespace, model: Path, folders: list[Path]
         ModelRunner(settings),
         max_batch=settings.engine_max_batch,
         max_queue=settings.engine_max_queue,
-        max_adapters=settings.engine_max_adapters,
+        room=Room(settings.engine_max_adapters),
     )
     print(json.dumps({"figure": "start_s", "engine": "lorry", "value": round(time.monotonic() - began, 1)}), flush=True)
     loaded = [engine.adapters.load(path.name, path) for path in folders]

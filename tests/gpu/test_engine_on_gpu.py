@@ -12,6 +12,7 @@ import torch
 from tests.serving import KINDS, engine_settings, make_adapter
 from tests.test_engine_model import TOKENS, generate, greedy, mixed, prompt, registry
 from worker.engine.engine import Engine
+from worker.engine.registry import Room
 from worker.engine.request import Request
 from worker.engine.runner import ModelRunner
 from worker.engine.sampling import Chosen, choose
@@ -123,7 +124,7 @@ def test_an_adapter_loaded_in_mid_stream_changes_nothing_for_the_others_and_is_e
 
 def stream(runner: ModelRunner, folders: dict[str, Path], meanwhile: Any) -> tuple[list[list[int]], Engine]:
     """The requests of `mixed` through an engine with its thread; `meanwhile` is called once some have a token."""
-    engine = Engine(runner, max_batch=8, max_queue=99, max_adapters=16)
+    engine = Engine(runner, max_batch=8, max_queue=99, room=Room(16, host_bytes=1 << 30))
     for name, folder in folders.items():
         engine.adapters.load(name, folder)
     names = [None, *folders, None, *folders]
@@ -197,7 +198,8 @@ def test_nothing_is_compiled_once_the_graphs_are_captured(base: Path, folders: d
     compiled: list[str] = []
     knobs.runtime.jit_post_compile_hook = lambda **about: compiled.append(str(about["repr"]))
     try:
-        outputs(runner, folders)
+        for limits in ({}, {"max_batch": 3, "max_step_tokens": 7}, {"max_step_tokens": 33}):  # prompts beside decodes
+            outputs(runner, folders, **limits)
         for n in range(1, 9):
             found = registry(runner)
             generate(runner, [greedy(prompt(n + i, i), found, None, tokens=3) for i in range(n)])

@@ -1,8 +1,4 @@
-"""Adapters by name: PEFT LoRA folders read from disk, kept while they are used, the least recently used leaving first.
-
-Reading happens outside the engine's thread. A request holds its adapter's weights, so an eviction or an unload never
-touches one that is running; the memory goes with the last request that uses it.
-"""
+"""PEFT LoRA folders read from disk and checked against the base. Which are kept: worker/engine/registry.py."""
 
 from __future__ import annotations
 
@@ -10,10 +6,6 @@ import hashlib
 import json
 import math
 import re
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +19,7 @@ from service.bases import base_key
 from service.errors import Conflict, Invalid, NotFound
 from service.templates import StoredTemplate
 from worker.engine.lora import AdapterWeights, LoraPair
+from worker.engine.transfer import packed
 
 _PREFIX = "base_model.model."
 _KEY = re.compile(
@@ -47,7 +40,7 @@ _UNSUPPORTED = (
 
 @dataclass(frozen=True)
 class Adapter:
-    """A loaded adapter. `tokenizer` and `template` are the base's where it has none of its own."""
+    """An adapter in memory. `tokenizer` and `template` are the base's where it has none of its own."""
 
     name: str
     path: Path
@@ -55,6 +48,7 @@ class Adapter:
     template: StoredTemplate | None
     tokenizer: Any
     fingerprint: tuple[tuple[str, int, int], ...]
+    bytes: int  # of its weights
 
 
 @dataclass(frozen=True)
@@ -80,7 +74,7 @@ def tokenizer_hash(folder: Path) -> str | None:
 
 
 def read_adapter(name: str, path: Path, base: BaseInfo) -> Adapter:
-    """Read a PEFT LoRA folder onto the engine's device.
+    """Read a PEFT LoRA folder into the host's memory, as the engine's device will hold it.
 
     Raises NotFound for a folder that is not there, Conflict for an adapter of another base, Invalid for one that is
     damaged or of a kind that cannot be served.
@@ -103,13 +97,15 @@ def read_adapter(name: str, path: Path, base: BaseInfo) -> Adapter:
         raise Conflict(
             f"adapter {name} was trained on {known_as}; this engine holds {_shortest(base.names)}", code="wrong_base"
         )
+    weights = _weights(name, config, state, base)
     return Adapter(
         name,
         path,
-        _weights(name, config, state, base),
+        packed(weights) if base.device.type == "cuda" else weights,
         found or base.template,
         _tokenizer(path, base),
         fingerprint(path),
+        weights.bytes,
     )
 
 
@@ -178,7 +174,7 @@ def _weights(name: str, config: dict[str, Any], state: dict[str, torch.Tensor], 
             name,
             module_name,
             module,
-            {k: v.to(base.device, base.dtype) for k, v in tensors.items()},
+            {k: v.to(base.dtype) for k, v in tensors.items()},
             config,
             weights,
             base,
@@ -238,7 +234,7 @@ def _place(
                 f"adapter {name} has a bias for {module_name}; the engine's base has none there", code="wrong_base"
             )
         _check_shape(name, f"{module_name} bias", bias, tuple(own.shape))
-        weights.bias[module_name] = bias - own.detach().to(bias.dtype)
+        weights.bias[module_name] = bias - own.detach().to(bias)
     if tensors:
         raise Invalid(
             f"adapter {name}: the engine has no place for {module_name} {', '.join(tensors)}",
@@ -261,102 +257,3 @@ def _tokenizer(path: Path, base: BaseInfo) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(str(path))
-
-
-class AdapterRegistry:
-    """Names → adapters. At most `capacity` are held; one that was evicted is read again when a request names it."""
-
-    def __init__(
-        self,
-        base: BaseInfo,
-        capacity: int,
-        install: Callable[[set[str]], None],
-        on_evict: Callable[[], None] = lambda: None,
-        open_folder: Callable[[str | Path], AbstractContextManager[Path]] | None = None,
-    ) -> None:
-        """`open_folder` gives the folder that an address stands for; without it, an address is a path."""
-        self.base = base
-        self.gate: Callable[[], None] = lambda: None  # raises while nothing may be read onto the device
-        self._open_folder = open_folder or (lambda address: nullcontext(Path(address).absolute()))
-        self.capacity = capacity
-        self._on_evict = on_evict
-        self._install = install
-        self._addresses: dict[str, str | Path] = {}  # of every adapter that was loaded and not unloaded since
-        self._held: OrderedDict[str, Adapter] = OrderedDict()  # least recently used first
-        self._lock = threading.Lock()
-        self._reading = threading.Lock()  # one at a time: reads compete for the disk and for the decoder's CPU
-
-    def held(self) -> list[Adapter]:
-        """Adapters in memory, the least recently used first."""
-        with self._lock:
-            return list(self._held.values())
-
-    def peek(self, name: str) -> Adapter | None:
-        """The adapter if it is in memory; counts as a use."""
-        with self._lock:
-            adapter = self._held.get(name)
-            if adapter is not None:
-                self._held.move_to_end(name)
-            return adapter
-
-    def get(self, name: str) -> Adapter:
-        """The adapter, read again if it had been evicted. May take as long as the disk; raises NotFound (model_not_found)."""
-        adapter = self.peek(name)
-        if adapter is not None:
-            return adapter
-        with self._lock:
-            address = self._addresses.get(name)
-        if address is None:
-            raise NotFound(f"the model {name!r} does not exist", param="model", code="model_not_found")
-        try:
-            return self.load(name, address)
-        except NotFound as error:
-            with self._lock:
-                self._addresses.pop(name, None)
-            raise NotFound(
-                f"the model {name!r} does not exist: {error.message}", param="model", code="model_not_found"
-            ) from error
-
-    def load(self, name: str, address: str | Path) -> Adapter:
-        """Read a folder under `name`, in place of what had the name. Nothing is read if the same files are held already.
-
-        Raises what `read_adapter` and the gate raise, NotFound for an address without a folder, and StorageUnavailable;
-        what had the name stays then.
-        """
-        with self._reading, self._folder(address) as path:
-            held = self.peek(name)
-            if held is not None and held.path == path and held.fingerprint == fingerprint(path):
-                return held
-            adapter = read_adapter(name, path, self.base)
-            self._install(adapter.weights.sites)
-            with self._lock:
-                self._addresses[name] = address
-                self._held[name] = adapter
-                self._held.move_to_end(name)
-                while len(self._held) > self.capacity:
-                    self._held.popitem(last=False)
-                    self._on_evict()
-            return adapter
-
-    def settle(self) -> None:
-        """Wait until nothing is being read; with the gate closed, nothing is from then on."""
-        with self._reading:
-            pass
-
-    @contextmanager
-    def _folder(self, address: str | Path) -> Iterator[Path]:
-        self.gate()
-        with ExitStack() as stack:
-            try:
-                path = stack.enter_context(self._open_folder(address))
-            except FileNotFoundError as error:
-                raise NotFound(f"no adapter found at {address}: {error}", code="adapter_not_found") from error
-            yield path
-
-    def unload(self, name: str) -> None:
-        """Forget a name. Raises NotFound (model_not_found)."""
-        with self._lock:
-            known = self._addresses.pop(name, None)
-            self._held.pop(name, None)
-        if known is None:
-            raise NotFound(f"the adapter {name!r} is not loaded", param="lora_name", code="model_not_found")

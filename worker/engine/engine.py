@@ -16,11 +16,12 @@ from typing import Any
 
 from service.errors import Invalid, LorryError, Unavailable
 from service.storage import Storage
-from worker.engine.adapters import Adapter, AdapterRegistry
+from worker.engine.adapters import Adapter
 from worker.engine.detokenize import Detokenizer, StopStrings
 from worker.engine.grammar import Grammars
 from worker.engine.lora import AdapterWeights
 from worker.engine.metrics import EngineMetrics
+from worker.engine.registry import AdapterRegistry, Room
 from worker.engine.request import Delta, Request
 from worker.engine.runner import ModelRunner
 from worker.engine.sampling import Chosen, Sampled, choose
@@ -92,7 +93,7 @@ class Engine:
     """Owns the model and the thread that runs it. Everything but the thread's own methods is called from the event loop."""
 
     def __init__(
-        self, runner: ModelRunner, *, max_batch: int, max_queue: int, max_adapters: int, storage: Storage | None = None
+        self, runner: ModelRunner, *, max_batch: int, max_queue: int, room: Room, storage: Storage | None = None
     ) -> None:
         self.runner = runner
         self.metrics = EngineMetrics()
@@ -105,9 +106,10 @@ class Engine:
         )
         self.adapters = AdapterRegistry(
             runner.base_info(),
-            max_adapters,
+            room,
             runner.bank.install,
             self.metrics.evictions.inc,
+            lambda source: self.metrics.adapter_reads.labels(source).inc(),
             open_folder=(lambda address: storage.using(storage.from_address(str(address)))) if storage else None,
         )
         self.metrics.cache_blocks.set(runner.num_blocks)

@@ -53,7 +53,7 @@ def model_cards(engine: Engine) -> list[dict[str, Any]]:
         "lorry": {
             "template": template.model_dump() if template else None,
             "load_in_4bit": runner.load_in_4bit,
-            "max_adapters": engine.adapters.capacity,
+            "max_adapters": engine.adapters.room.adapters,
         },
     }
     return [base] + [
@@ -64,7 +64,7 @@ def model_cards(engine: Engine) -> list[dict[str, Any]]:
             "owned_by": "lorry",
             "root": str(a.path),
             "parent": runner.name,
-            "lorry": {"bytes": a.weights.bytes},
+            "lorry": {"bytes": a.bytes, "pinned": engine.adapters.pinned(a.name)},
         }
         for a in engine.adapters.held()
     ]

@@ -45,9 +45,12 @@ class AdapterWeights:
         return {*self.pairs, *self.full, *self.bias}
 
     @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [t for p in self.pairs.values() for t in (p.a, p.b)] + [*self.full.values(), *self.bias.values()]
+
+    @property
     def bytes(self) -> int:
-        tensors = [t for p in self.pairs.values() for t in (p.a, p.b)] + [*self.full.values(), *self.bias.values()]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return sum(t.numel() * t.element_size() for t in self.tensors)
 
 
 @dataclass(frozen=True, slots=True)

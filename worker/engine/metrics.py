@@ -47,6 +47,12 @@ class EngineMetrics:
         self.waiting = Gauge("lorry_engine_waiting", "Requests waiting for a place.", registry=r)
         self.adapters_loaded = Gauge("lorry_engine_adapters_loaded", "Adapters in memory.", registry=r)
         self.evictions = Counter("lorry_engine_adapter_evictions", "Adapters that left memory for others.", registry=r)
+        self.adapter_reads = Counter(
+            "lorry_engine_adapter_reads",
+            "Adapters brought into memory, from the disk or the host.",
+            ["source"],
+            registry=r,
+        )
         self.preemptions = Counter(
             "lorry_engine_preemptions", "Requests put back because cache blocks ran out.", registry=r
         )

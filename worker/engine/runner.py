@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,7 @@ from worker.engine.lora import LoraBank, segments
 from worker.engine.request import Request
 from worker.engine.sampling import Chosen
 from worker.engine.scheduler import Scheduled
-from worker.engine.sleep import room_left
+from worker.engine.sleep import free_memory, room_left
 
 if TYPE_CHECKING:
     from worker.engine.gpu.steps import GpuSteps
@@ -82,7 +81,7 @@ class ModelRunner:
         # The memory bound: what every place in the batch could need, within the budget.
         wanted = settings.engine_max_batch * -(-self.max_model_len // BLOCK_SIZE)
         per_block = self.cache.bytes_per_block(self.dtype)
-        free = min(_free_memory(self.device) // 2, room_left(settings.engine_memory_fraction, self.device))
+        free = min(free_memory(self.device) // 2, room_left(settings.engine_memory_fraction, self.device))
         budget = settings.engine_cache_bytes or free
         self.num_blocks = num_blocks or max(1, min(wanted, budget // per_block))
         self.cache.allocate(self.num_blocks, self.dtype)
@@ -293,9 +292,3 @@ def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
         if value is not None:
             ids.update(value if isinstance(value, list) else [value])
     return frozenset(ids)
-
-
-def _free_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))

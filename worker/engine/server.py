@@ -32,6 +32,7 @@ from service.storage import open_storage
 from service.telemetry import RequestLog
 from worker.engine import handlers
 from worker.engine.engine import Engine, shutting_down
+from worker.engine.registry import room_for
 from worker.engine.runner import ModelRunner
 from worker.engine.sleep import limit_memory
 
@@ -49,6 +50,7 @@ class LoadLoraAdapter(Body):
         description="Folder with adapter_config.json and adapter_model.safetensors, or its URL in the data root.",
     )
     load_inplace: bool = Field(True, description="Accepted: a name is always replaced.")
+    pinned: bool | None = Field(None, description="Whether it stays when others need its place. Not vLLM's.")
 
 
 class UnloadLoraAdapter(Body):
@@ -82,11 +84,12 @@ class WakeBody(Body):
 def build_engine(settings: Settings) -> Engine:
     """Load the base model. Raises JobFailure, OSError or UnsupportedModel where that does not work."""
     limit_memory(settings.engine_memory_fraction)
+    runner = ModelRunner(settings)
     return Engine(
-        ModelRunner(settings),
+        runner,
         max_batch=settings.engine_max_batch,
         max_queue=settings.engine_max_queue,
-        max_adapters=settings.engine_max_adapters,
+        room=room_for(settings, runner.device),
         storage=open_storage(settings),
     )
 
@@ -129,7 +132,7 @@ def create_app(engine: Engine) -> FastAPI:
     def load_lora_adapter(body: LoadLoraAdapter) -> Response:
         if body.lora_name == engine.runner.name:
             raise Invalid("lora_name: is the base's name", param="lora_name")
-        engine.adapters.load(body.lora_name, body.lora_path)
+        engine.adapters.load(body.lora_name, body.lora_path, body.pinned)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     @app.post("/v1/unload_lora_adapter")

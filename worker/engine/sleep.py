@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from service.errors import Unavailable
+from worker.devices import free_host_memory
 from worker.engine.lora import AdapterWeights
 
 log = logging.getLogger("lorry.engine")
@@ -176,6 +177,11 @@ def limit_memory(fraction: float) -> None:
     """Keep this process within a fraction of its GPU's memory; 1 is no limit."""
     if fraction < 1 and torch.cuda.is_available():
         torch.cuda.set_per_process_memory_fraction(fraction)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that nobody has taken of a device's memory, a CPU's being the host's."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free_host_memory()
 
 
 def room_left(fraction: float, device: torch.device) -> int:

@@ -82,7 +82,8 @@ class GpuSteps:
         self.slots = AdapterSlots(self.decoder.sites, outside, max_adapters + max_batch, weight.dtype, self.device)
         self._check()
         self.sizes, self.chunk_sizes = plan.buckets(max_batch), plan.chunk_buckets(max_step_tokens)
-        self._max_adapters, self._width = max_adapters, -(-max_positions // cache.block_size)
+        # Adapters that a step may mix: those kept, and as many that have left while requests of theirs still run.
+        self._max_adapters, self._width = 2 * max_adapters, -(-max_positions // cache.block_size)
         self._beside = torch.cuda.Stream() if self.device.type == "cuda" else None
         self.captured = False
         self._allocate()
