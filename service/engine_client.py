@@ -52,17 +52,20 @@ class View:
 class Target:
     """What is to answer: an adapter, whose `path` is loaded under `name`, or with no path the base of that name.
 
-    `base` is the name of the base that the adapter was trained on, or the base's own.
+    `base` is the name of the base that the adapter was trained on, or the base's own. A pinned adapter stays in memory
+    when others need its place.
     """
 
     name: str
     path: Path | None
     base: str
+    pinned: bool = False
 
 
 @dataclass(frozen=True)
 class _Loaded:
     path: Path
+    pinned: bool
     at: float
 
 
@@ -171,30 +174,41 @@ class EngineClient:
         """How many adapters the engine holds, as far as this client knows."""
         return len(self._loaded.keys() | (self.view.adapters if self.view else frozenset()))
 
-    async def load(self, name: str, path: Path) -> None:
-        """Load a folder under a name, in place of what had the name.
+    async def load(self, target: Target) -> None:
+        """Load an adapter's folder under its name, in place of what had the name.
 
-        Raises Conflict for an adapter of another base, Invalid for one that the engine cannot serve, NotFound for a
-        folder that the engine cannot see.
+        Raises Conflict for an adapter of another base and where only pinned ones are in its way, Invalid for one that the
+        engine cannot serve, NotFound for a folder that the engine cannot see.
         """
-        async with self._lock(name):
-            await self._load(name, path)
+        async with self._lock(target.name):
+            await self._load(target)
 
-    async def _ensure(self, name: str, path: Path, since: float | None) -> None:
+    async def repin(self, target: Target) -> None:
+        """Tell the engine whether an adapter is pinned, if it holds it."""
+        if target.name in await self.loaded():
+            await self._ensure(target, None)
+
+    async def _ensure(self, target: Target, since: float | None) -> None:
         """Load it unless it is known to be loaded, after `since` if that is given."""
-        known = self._loaded.get(name)
-        if known is not None and known.path == path and since is None:
+        if since is None and self._is_loaded(target):
             return
-        async with self._lock(name):  # another request may have done it meanwhile
-            known = self._loaded.get(name)
-            if known is None or known.path != path or (since is not None and known.at < since):
-                await self._load(name, path)
+        async with self._lock(target.name):  # another request may have done it meanwhile
+            if not self._is_loaded(target) or (since is not None and self._loaded[target.name].at < since):
+                await self._load(target)
+
+    def _is_loaded(self, target: Target) -> bool:
+        known = self._loaded.get(target.name)
+        return known is not None and (known.path, known.pinned) == (target.path, target.pinned)
 
     def _lock(self, name: str) -> asyncio.Lock:
         return self._locks.setdefault(name, asyncio.Lock())
 
-    async def _load(self, name: str, path: Path) -> None:
-        body = {"lora_name": name, "lora_path": await self._address(path)}
+    async def _load(self, target: Target) -> None:
+        name, path = target.name, target.path
+        assert path is not None
+        body: dict[str, Any] = {"lora_name": name, "lora_path": await self._address(path)}
+        if (await self.base()).load_in_4bit is not None:  # not vLLM, which knows no pinned ones
+            body["pinned"] = target.pinned
         self._loaded.pop(name, None)
         try:
             await self._send("POST", "/v1/load_lora_adapter", json=body)
@@ -204,7 +218,7 @@ class EngineClient:
                 raise
             await self._send("POST", "/v1/unload_lora_adapter", json={"lora_name": name})
             await self._send("POST", "/v1/load_lora_adapter", json=body)
-        self._loaded[name] = _Loaded(path, time.monotonic())
+        self._loaded[name] = _Loaded(path, target.pinned, time.monotonic())
 
     async def _address(self, path: Path) -> str:
         """By what the engine finds a folder of the data root. Raises NotFound and StorageUnavailable."""
@@ -283,7 +297,7 @@ class EngineClient:
     async def _model(self, target: Target, since: float | None = None) -> str:
         """What the engine calls it, made ready. `since`: when the engine was asked and did not know it."""
         if target.path is not None:
-            await self._ensure(target.name, target.path, since)
+            await self._ensure(target, since)
             return target.name
         view = self.view
         if view is None or self._stale or since is not None:

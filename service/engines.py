@@ -122,14 +122,12 @@ class Engines:
 
     async def load(self, target: Target) -> None:
         """Load an adapter into the engine that a request for it would go to. Raises as EngineClient.load."""
-        path = target.path
-        assert path is not None
-
-        async def load(engine: Engine) -> None:
-            await engine.load(target.name, path)
-
-        engine, _ = await _Route(self, target).run(load)
+        engine, _ = await _Route(self, target).run(lambda engine: engine.load(target))
         engine.open_requests -= 1
+
+    async def repin(self, target: Target) -> None:
+        """Tell every engine that holds an adapter whether it is pinned."""
+        await self._each(lambda engine: engine.repin(target))
 
     async def unload(self, name: str) -> None:
         """Unload a name from every engine that answers; nothing happens where it is not loaded."""

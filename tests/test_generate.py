@@ -125,6 +125,21 @@ def test_more_adapters_than_the_engine_holds_take_turns(stack: Stack) -> None:
     assert len(set(first.values())) == 4
 
 
+def test_a_pinned_adapter_stays_in_the_engine(stack: Stack) -> None:
+    engine = stack.engine.engine.adapters
+    stack.generate(adapter="small", prompt="x")
+    assert stack.api.http.patch("/v1/adapters/small", json={"pinned": True}).json()["pinned"]
+    assert engine.pinned("small")
+    for ref in ("chatty", "chatty@20", "prompted"):
+        stack.generate(adapter=ref, prompt="x")
+    assert "small" in {a.name for a in engine.held()}
+    engine.unload("small")  # as an engine that was started again, which knows of no pin
+    stack.generate(adapter="small", prompt="x")
+    assert engine.pinned("small")
+    assert not stack.api.http.patch("/v1/adapters/small", json={"pinned": False}).json()["pinned"]
+    assert not engine.pinned("small")
+
+
 def test_a_name_that_stands_for_other_files_now_gives_their_text(stack: Stack, folders: dict[str, Path]) -> None:
     before = stack.generate(adapter="small", prompt="x")["text"]
     stack.engine.load("small", folders["step"])  # what an earlier adapter of that name may have left in the engine

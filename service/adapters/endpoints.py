@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Annotated
 
 from fastapi import APIRouter, Path
@@ -48,12 +49,16 @@ async def show(name: Name, db: DbDep, engine: EngineDep) -> schemas.Adapter:
 async def change(
     name: Name, body: schemas.Change, db: DbDep, engine: EngineDep, settings: SettingsDep
 ) -> schemas.Adapter:
-    """409 if the new name is taken, or while an unfinished job names the adapter."""
+    """409 if the new name is taken, or while an unfinished job names the adapter. Engines that hold it keep a pinned one."""
     if body.name == settings.base_model:
         raise service.taken(body.name, "is the base model's name")
     row = await run_in_threadpool(service.change, db, name, new_name=body.name, pinned=body.pinned)
     if row.name != name:
         await engine.forget(name)
+    elif body.pinned is not None:
+        found = await run_in_threadpool(_resolve, db, settings, name)
+        with suppress(LorryError):  # an engine that is away hears of it with the next request
+            await engine.repin(Target(found.ref, found.path, found.base, found.pinned))
     return await _answer(row, engine)
 
 
@@ -69,7 +74,7 @@ async def delete(name: Name, db: DbDep, engine: EngineDep, settings: SettingsDep
 async def load(name: Ref, db: DbDep, engine: EngineDep, settings: SettingsDep) -> schemas.Loaded:
     """/generate does this by itself; here the first request need not wait for it. Of several engines, into one."""
     found = await run_in_threadpool(_resolve, db, settings, name)
-    await engine.load(Target(found.ref, found.path, found.base))
+    await engine.load(Target(found.ref, found.path, found.base, found.pinned))
     return schemas.Loaded(name=found.ref, loaded=True)
 
 

@@ -33,7 +33,9 @@ class Adapter(BaseModel):
     parent: str | None = Field(description="Adapter it was started from.")
     bytes: int = Field(description="Size on disk.")
     loaded: bool | None = Field(description="Whether an engine holds it now; null if none answers.")
-    pinned: bool = Field(description="Pinned adapters are kept by clean-ups.")
+    pinned: bool = Field(
+        description="Pinned adapters are kept by clean-ups, and in the memory of an engine that holds them."
+    )
     servable_by: Servable = Field(description="Which engines can serve it.")
     eval_loss: float | None = Field(description="Evaluation loss at its step, in nats per token.")
     created_at: int = Field(description="Unix seconds.")

@@ -36,6 +36,11 @@ class Resolved:
     base: str
     row: AdapterRow | None
 
+    @property
+    def pinned(self) -> bool:
+        """Whether it is a pinned adapter itself; its checkpoints are not pinned with it."""
+        return self.row is not None and self.row.pinned and self.ref == self.row.name
+
 
 def resolve(session: Session, storage: Storage, ref: str) -> Resolved:
     """Find `name`, `name@step` or `job_…@step`. Raises NotFound (adapter_not_found) and StorageUnavailable."""

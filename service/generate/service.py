@@ -39,7 +39,8 @@ def find(db: Database, storage: Storage, ref: str) -> Source:
     """An adapter or checkpoint by reference. Raises NotFound (adapter_not_found) and StorageUnavailable."""
     with db.read() as session:
         found: Resolved = resolve(session, storage, ref)
-    return Source(Target(found.ref, found.path, found.base), StoredTemplate.model_validate(found.template))
+    target = Target(found.ref, found.path, found.base, found.pinned)
+    return Source(target, StoredTemplate.model_validate(found.template))
 
 
 async def base_source(engine: Engines, name: str | None = None) -> Source | None:

@@ -12,7 +12,7 @@ import torch
 from tests.serving import KINDS, engine_settings, make_adapter
 from tests.test_engine_model import TOKENS, generate, greedy, mixed, prompt, registry
 from worker.engine.engine import Engine
-from worker.engine.registry import Room
+from worker.engine.registry import AdapterRegistry, Room
 from worker.engine.request import Request
 from worker.engine.runner import ModelRunner
 from worker.engine.sampling import Chosen, choose
@@ -120,6 +120,24 @@ def test_an_adapter_loaded_in_mid_stream_changes_nothing_for_the_others_and_is_e
     generate(runner, [request])
     generate(plain, [other])
     assert request.output_ids == other.output_ids
+
+
+def test_an_adapter_that_left_for_the_host_comes_back_with_the_same_tokens(
+    base: Path, folders: dict[str, Path]
+) -> None:
+    runner = runner_of(base)
+    reads: list[str] = []
+    found = AdapterRegistry(runner.base_info(), Room(1, host_bytes=1 << 30), runner.bank.install, on_read=reads.append)
+    tokens: dict[str, list[list[int]]] = {name: [] for name in folders}
+    for _ in range(3):
+        for name, folder in folders.items():
+            found.load(name, folder)
+            request = greedy(prompt(12, 3), found, name)
+            generate(runner, [request])
+            tokens[name].append(request.output_ids)
+    assert reads == ["disk"] * len(folders) + ["host"] * 2 * len(folders)
+    for first, *later in tokens.values():
+        assert later == [first, first]
 
 
 def stream(runner: ModelRunner, folders: dict[str, Path], meanwhile: Any) -> tuple[list[list[int]], Engine]:
