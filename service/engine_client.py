@@ -23,6 +23,7 @@ from service.logs import REQUEST_ID_HEADER, request_id
 from service.storage import Storage
 from service.templates import StoredTemplate
 
+NOT_FOR_VLLM = "vLLM loads no adapter with its own embed_tokens and lm_head; export it as merged_16bit"
 BASE_TTL = 30.0  # seconds for which what an engine said of its base is believed
 
 
@@ -53,19 +54,20 @@ class Target:
     """What is to answer: an adapter, whose `path` is loaded under `name`, or with no path the base of that name.
 
     `base` is the name of the base that the adapter was trained on, or the base's own. A pinned adapter stays in memory
-    when others need its place.
+    when others need its place. One with `own_embeddings` is not for vLLM.
     """
 
     name: str
     path: Path | None
     base: str
     pinned: bool = False
+    own_embeddings: bool = False
 
 
 @dataclass(frozen=True)
 class _Loaded:
     path: Path
-    pinned: bool
+    pinned: bool | None  # None: the engine knows no pins
     at: float
 
 
@@ -177,15 +179,15 @@ class EngineClient:
     async def load(self, target: Target) -> None:
         """Load an adapter's folder under its name, in place of what had the name.
 
-        Raises Conflict for an adapter of another base and where only pinned ones are in its way, Invalid for one that the
-        engine cannot serve, NotFound for a folder that the engine cannot see.
+        Raises Conflict for an adapter of another base, where only pinned ones are in its way, and for one that vLLM cannot
+        serve, Invalid for one that the engine refuses, NotFound for a folder that it cannot see.
         """
         async with self._lock(target.name):
             await self._load(target)
 
     async def repin(self, target: Target) -> None:
         """Tell the engine whether an adapter is pinned, if it holds it."""
-        if target.name in await self.loaded():
+        if await self._is_lorry() and target.name in await self.loaded():
             await self._ensure(target, None)
 
     async def _ensure(self, target: Target, since: float | None) -> None:
@@ -198,7 +200,10 @@ class EngineClient:
 
     def _is_loaded(self, target: Target) -> bool:
         known = self._loaded.get(target.name)
-        return known is not None and (known.path, known.pinned) == (target.path, target.pinned)
+        return known is not None and known.path == target.path and known.pinned in (target.pinned, None)
+
+    async def _is_lorry(self) -> bool:
+        return (await self.base()).load_in_4bit is not None
 
     def _lock(self, name: str) -> asyncio.Lock:
         return self._locks.setdefault(name, asyncio.Lock())
@@ -207,8 +212,10 @@ class EngineClient:
         name, path = target.name, target.path
         assert path is not None
         body: dict[str, Any] = {"lora_name": name, "lora_path": await self._address(path)}
-        if (await self.base()).load_in_4bit is not None:  # not vLLM, which knows no pinned ones
+        if await self._is_lorry():
             body["pinned"] = target.pinned
+        elif target.own_embeddings:
+            raise Conflict(f"adapter {name}: {NOT_FOR_VLLM}", code="not_servable")
         self._loaded.pop(name, None)
         try:
             await self._send("POST", "/v1/load_lora_adapter", json=body)
@@ -218,7 +225,7 @@ class EngineClient:
                 raise
             await self._send("POST", "/v1/unload_lora_adapter", json={"lora_name": name})
             await self._send("POST", "/v1/load_lora_adapter", json=body)
-        self._loaded[name] = _Loaded(path, target.pinned, time.monotonic())
+        self._loaded[name] = _Loaded(path, body.get("pinned"), time.monotonic())
 
     async def _address(self, path: Path) -> str:
         """By what the engine finds a folder of the data root. Raises NotFound and StorageUnavailable."""

@@ -272,8 +272,8 @@ class _Route:
             engine.suspect()
         elif error.code == "engine_asleep":
             engine.slept()
-        elif error.code == "wrong_base":
-            engine.doubt()  # it may hold another base than a while ago
+        elif error.code in ("wrong_base", "not_servable", "no_room_for_adapter"):
+            engine.doubt()  # it may hold another base than a while ago, or be another kind of engine
         elif not isinstance(error, Unavailable):
             raise error
         if error.code == "engine_failed" or (isinstance(error, EngineAway) and error.begun):

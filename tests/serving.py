@@ -144,7 +144,15 @@ def until(condition: Any, seconds: float = 60.0) -> None:
         time.sleep(0.005)
 
 
-def register(db: Database, name: str, path: Path, base: str, *, checkpoints: dict[int, Path] | None = None) -> str:
+def register(
+    db: Database,
+    name: str,
+    path: Path,
+    base: str,
+    *,
+    checkpoints: dict[int, Path] | None = None,
+    config: dict[str, Any] | None = None,
+) -> str:
     """Rows of a finished job and its adapter, as a worker leaves them. Returns the job's id."""
     job_id = new_id("job")
     template = StoredTemplate.model_validate_json((path / "lorry_template.json").read_text("utf-8")).model_dump()
@@ -164,6 +172,7 @@ def register(db: Database, name: str, path: Path, base: str, *, checkpoints: dic
                 base=base,
                 path=str(path),
                 template=template,
+                config=config or {},
                 created_at=now,
             )
         )

@@ -120,6 +120,7 @@ def api(
     with serve(make_settings(database_url=sqlite_url, engine_url=url)) as served:
         for name, folder in folders.items():
             register(served.db, name, folder, str(tiny_base))
+        register(served.db, "own", folders["one"], str(tiny_base), config={"train_embeddings": True})
         yield served
     server.should_exit = True
     thread.join(10)
@@ -178,6 +179,14 @@ def test_a_prompt_for_the_base_goes_on(api: Api, engine: EngineServer) -> None:
         generate(api, prompt="import os")["text"]
         == engine.complete(prompt="import os", max_tokens=12)["choices"][0]["text"]
     )
+
+
+def test_an_adapter_that_vllm_cannot_take_is_refused_before_it_is_loaded(api: Api, engine: EngineServer) -> None:
+    for path, body in (("/generate", {"adapter": "own", "prompt": "x"}), ("/v1/adapters/own/load", None)):
+        refused = api.http.post(path, json=body)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (409, "not_servable")
+        assert "export it as merged_16bit" in refused.json()["error"]["message"]
+    assert "own" not in {a.name for a in engine.engine.adapters.held()}
 
 
 def test_errors_keep_their_meaning(api: Api) -> None:

@@ -11,7 +11,6 @@ from starlette.concurrency import run_in_threadpool
 from service.adapters import repository, schemas, service
 from service.db import Database
 from service.deps import DbDep, EngineDep, SettingsDep
-from service.engine_client import Target
 from service.engines import Engines
 from service.errors import LorryError
 from service.json_body import Storable
@@ -58,7 +57,7 @@ async def change(
     elif body.pinned is not None:
         found = await run_in_threadpool(_resolve, db, settings, name)
         with suppress(LorryError):  # an engine that is away hears of it with the next request
-            await engine.repin(Target(found.ref, found.path, found.base, found.pinned))
+            await engine.repin(found.target)
     return await _answer(row, engine)
 
 
@@ -74,7 +73,7 @@ async def delete(name: Name, db: DbDep, engine: EngineDep, settings: SettingsDep
 async def load(name: Ref, db: DbDep, engine: EngineDep, settings: SettingsDep) -> schemas.Loaded:
     """/generate does this by itself; here the first request need not wait for it. Of several engines, into one."""
     found = await run_in_threadpool(_resolve, db, settings, name)
-    await engine.load(Target(found.ref, found.path, found.base, found.pinned))
+    await engine.load(found.target)
     return schemas.Loaded(name=found.ref, loaded=True)
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from service.engine_client import NOT_FOR_VLLM
 from service.models import AdapterRow
 from service.spec_fields import check_adapter_name
 
@@ -66,7 +67,7 @@ def adapter(row: AdapterRow, loaded: bool | None) -> Adapter:
     full = bool(config.get("train_embeddings"))
     # One in an object store is taken to be there: to ask for each row of a list takes too long, and reconcile() looks.
     there = row.path is not None and (not Path(row.path).is_absolute() or Path(row.path).is_dir())
-    why = "vLLM loads no adapter with its own embed_tokens and lm_head; export it as merged_16bit" if full else None
+    why = NOT_FOR_VLLM if full else None
     if not there:
         why = "its files are gone; delete it, or restore them from a backup"
     return Adapter(

@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 
 from service.adapters import repository
 from service.db import Database
+from service.engine_client import Target
 from service.errors import Conflict, Invalid, NotFound
 from service.ids import is_id
 from service.models import AdapterRow, CheckpointRow, JobRow
@@ -40,6 +41,12 @@ class Resolved:
     def pinned(self) -> bool:
         """Whether it is a pinned adapter itself; its checkpoints are not pinned with it."""
         return self.row is not None and self.row.pinned and self.ref == self.row.name
+
+    @property
+    def target(self) -> Target:
+        """It, for an engine."""
+        own = self.row is not None and bool(self.row.config.get("train_embeddings"))
+        return Target(self.ref, self.path, self.base, self.pinned, own)
 
 
 def resolve(session: Session, storage: Storage, ref: str) -> Resolved:

@@ -39,8 +39,7 @@ def find(db: Database, storage: Storage, ref: str) -> Source:
     """An adapter or checkpoint by reference. Raises NotFound (adapter_not_found) and StorageUnavailable."""
     with db.read() as session:
         found: Resolved = resolve(session, storage, ref)
-    target = Target(found.ref, found.path, found.base, found.pinned)
-    return Source(target, StoredTemplate.model_validate(found.template))
+    return Source(found.target, StoredTemplate.model_validate(found.template))
 
 
 async def base_source(engine: Engines, name: str | None = None) -> Source | None:
