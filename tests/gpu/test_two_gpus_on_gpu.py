@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.recipes import Run, chats, cpt_spec, ift_spec, run_recipe, texts
 from tests.tiny import make_tiny_base
+from worker.split_weights import DTYPE
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
 
@@ -72,3 +74,28 @@ def test_a_pause_on_two_goes_on_on_one(base: Path, tmp_path: Path) -> None:
     spec["training"] = {**spec["training"], "gradient_accumulation_steps": 2}
     resumed = run_recipe(spec, tmp_path / "run", file=file, devices=TWO[:1])
     assert (resumed.outcome.ended, resumed.progress.resumed_from) == ("done", step)
+
+
+def test_embeddings_held_as_halves_learn_the_same_on_two(base: Path, tmp_path: Path) -> None:
+    file = texts(tmp_path / "rows.jsonl", n=400, words=500)
+    spec = cpt_spec(
+        base,
+        model={"load_in_4bit": True, "max_seq_length": 512},
+        training={
+            "max_steps": 8,
+            "per_device_train_batch_size": 8,
+            "gradient_checkpointing": True,
+            "embedding_learning_rate": 1e-4,
+        },
+    )
+    one, two = both(spec, tmp_path, file)
+    assert_close(one, two)
+    for run in (one, two):
+        assert DTYPE in {group["dtype"] for group in run.progress.records["optimizer"]["groups"]}
+    mine, theirs = (load_file(run.adapter / "adapter_model.safetensors") for run in (one, two))
+    before = load_file(base / "model.safetensors")
+    for key in (k for k in mine if ".lora_" not in k):
+        start = before[key.removeprefix("base_model.model.")].float()
+        moved = [weights[key] - start for weights in (mine, theirs)]
+        assert all(m.abs().max() > 0 for m in moved)
+        assert torch.nn.functional.cosine_similarity(*(m.flatten() for m in moved), dim=0) > 0.9
