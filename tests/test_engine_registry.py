@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from service.errors import Conflict
+from service.errors import Conflict, NotFound, Unavailable
 from tests import test_engine_model
 from tests.serving import engine_settings
 from worker.devices import free_host_memory
@@ -92,6 +92,24 @@ def test_no_room_is_told_and_nothing_leaves_for_it(
     with pytest.raises(Conflict, match=r"nothing else is there; .* ADAPTER_BYTES|LORRY_ENGINE_ADAPTER_BYTES"):
         narrow.load("full", adapters["full"])
     assert not names(narrow)
+
+
+def test_a_gpu_without_memory_for_it_is_told(
+    runner: ModelRunner, reads: Reads, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = registry(runner, reads, Room(2))
+    first = found.load("small", adapters["small"])
+
+    def full(weights: AdapterWeights, device: torch.device) -> AdapterWeights:
+        raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(module, "on_device", full)
+    with pytest.raises(Unavailable, match=r"no memory for adapter full now, .* MiB") as told:
+        found.load("full", adapters["full"])
+    assert told.value.status == 503
+    with pytest.raises(NotFound):
+        found.get("full")
+    assert found.get("small") is first
 
 
 @pytest.fixture

@@ -140,6 +140,18 @@ def test_a_pinned_adapter_stays_in_the_engine(stack: Stack) -> None:
     assert not engine.pinned("small")
 
 
+def test_an_adapter_for_which_pinned_ones_leave_no_room_is_a_conflict(stack: Stack) -> None:
+    pinned = ("small", "chatty", "prompted")
+    for name in pinned:
+        stack.generate(adapter=name, prompt="x")
+        stack.api.http.patch(f"/v1/adapters/{name}", json={"pinned": True})
+    refused = stack.api.http.post("/generate", json={"adapter": "chatty@20", "prompt": "x"})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "no_room_for_adapter")
+    for name in pinned:
+        stack.api.http.patch(f"/v1/adapters/{name}", json={"pinned": False})
+    assert stack.generate(adapter="chatty@20", prompt="x")["text"]
+
+
 def test_a_name_that_stands_for_other_files_now_gives_their_text(stack: Stack, folders: dict[str, Path]) -> None:
     before = stack.generate(adapter="small", prompt="x")["text"]
     stack.engine.load("small", folders["step"])  # what an earlier adapter of that name may have left in the engine

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from service.errors import Conflict, NotFound
+from service.errors import Conflict, NotFound, Unavailable
 from service.settings import Settings
 from worker.devices import free_host_memory
 from worker.engine.adapters import Adapter, BaseInfo, fingerprint, read_adapter
@@ -110,8 +110,8 @@ class AdapterRegistry:
         """Read a folder under `name`, in place of what had the name. Nothing is read if the same files are held already.
 
         `pinned`: whether it is to stay whatever others need; None leaves that as it is. Raises what `read_adapter` and the
-        gate raise, NotFound for an address without a folder, StorageUnavailable, and Conflict (no_room_for_adapter); what
-        had the name stays then.
+        gate raise, NotFound for an address without a folder, StorageUnavailable, Conflict (no_room_for_adapter), and Unavailable
+        (no_memory_for_adapter); what had the name stays then.
         """
         with self._reading, self._folder(address) as path:
             adapter = self.peek(name)
@@ -132,7 +132,13 @@ class AdapterRegistry:
         else:
             self._on_read("host")
         self._make_room(host)
-        adapter = replace(host, weights=on_device(host.weights, self.base.device))
+        try:
+            adapter = replace(host, weights=on_device(host.weights, self.base.device))
+        except torch.OutOfMemoryError as error:  # a job on the same GPU may have it
+            raise Unavailable(
+                f"the GPU has no memory for adapter {name} now, {_mib(host.bytes)}; something else on it has the rest",
+                code="no_memory_for_adapter",
+            ) from error
         self._install(adapter.weights.sites)
         with self._lock:
             self._held[name] = adapter
