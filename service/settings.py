@@ -89,12 +89,12 @@ class Settings(BaseSettings):
     engine_adapter_bytes: int = Field(
         0,
         ge=0,
-        description="Memory of the adapters kept loaded, in bytes of the engine's device; 0: half of what is free once it has started.",
+        description="Memory of the adapters kept loaded, in bytes of the engine's device; 0: half of what a GPU has free once the engine has started, all of what a CPU's host has.",
     )
     engine_adapter_host_bytes: int | None = Field(
         None,
         ge=0,
-        description="Host memory, in bytes, for adapters that left the engine's GPU, from where one comes back in a few milliseconds; unset: a quarter of what is free.",
+        description="Host memory, in bytes, for copies of an engine's adapters on a GPU, from where one that left comes back in milliseconds; unset: a quarter of what is free.",
     )
     engine_cuda_graphs: bool = Field(
         True,

@@ -16,6 +16,7 @@ from worker.engine import registry as module
 from worker.engine.lora import AdapterWeights, LoraPair
 from worker.engine.registry import AdapterRegistry, Room, room_for
 from worker.engine.runner import ModelRunner
+from worker.engine.sleep import STEP_BYTES
 from worker.engine.transfer import mapped, packed
 
 adapters = test_engine_model.adapters
@@ -161,6 +162,33 @@ def test_room_is_what_the_settings_say_or_a_part_of_what_is_free(tiny_base: Path
     found = room_for(engine_settings(tiny_base), cpu)
     assert 0 < found.bytes < 10 * free_host_memory()
     assert 0 < found.host_bytes < found.bytes
+
+
+def test_a_limited_gpu_that_its_cache_has_filled_still_has_room_for_adapters(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "room_left", lambda fraction, device: 0)
+    assert room_for(engine_settings(tiny_base), torch.device("cpu")).bytes == STEP_BYTES // 2
+
+
+@pytest.mark.parametrize(
+    ("group", "want"),
+    [
+        (None, 8 << 30),
+        ({"max": "max\n", "current": "5\n", "stat": ""}, 8 << 30),
+        ({"max": f"{4 << 30}\n", "current": f"{3 << 30}\n", "stat": f"anon 1\ninactive_file {1 << 29}\n"}, 3 << 29),
+        ({"max": f"{64 << 30}\n", "current": f"{3 << 30}\n", "stat": ""}, 8 << 30),
+        ({"max": f"{2 << 30}\n", "current": f"{3 << 30}\n", "stat": ""}, 0),
+    ],
+)
+def test_free_memory_is_what_the_container_may_have(tmp_path: Path, group: dict[str, str] | None, want: int) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text(f"MemTotal: 99 kB\nMemAvailable: {8 << 20} kB\n")
+    if group is not None:
+        (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
+        for name, text in group.items():
+            (tmp_path / f"sys/fs/cgroup/memory.{name}").write_text(text)
+    assert free_host_memory(tmp_path) == want
 
 
 def test_a_packed_adapter_is_one_block_of_the_same_values_in_the_same_order_of_memory() -> None:

@@ -28,12 +28,15 @@ def take_devices(spec: CptSpec | IftSpec | ExportSpec, settings: Settings) -> li
     return owned[: 1 if isinstance(spec, ExportSpec) else asked]
 
 
-def free_host_memory() -> int:
+def free_host_memory(root: Path = Path("/")) -> int:
     """Bytes of this host's memory that a process can have without swapping; in a container (cgroup v2), of its limit."""
-    lines = Path("/proc/meminfo").read_text("ascii").splitlines()
-    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
+    lines = (root / "proc/meminfo").read_text("ascii").splitlines()
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    group = root / "sys/fs/cgroup"
     try:
-        most, used = (Path("/sys/fs/cgroup", f"memory.{what}").read_text("ascii") for what in ("max", "current"))
-        return min(free, max(0, int(most) - int(used)))
+        most, used = (int((group / f"memory.{what}").read_text("ascii")) for what in ("max", "current"))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text("ascii").splitlines())
     except (OSError, ValueError):  # no such limit; "max" is none
         return free
+    # Pages of files that nobody has read lately count as used, but are given back when they are needed.
+    return min(free, max(0, most - used + int(stat.get("inactive_file", 0))))

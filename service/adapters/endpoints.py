@@ -55,8 +55,8 @@ async def change(
     if row.name != name:
         await engine.forget(name)
     elif body.pinned is not None:
-        found = await run_in_threadpool(_resolve, db, settings, name)
         with suppress(LorryError):  # an engine that is away hears of it with the next request
+            found = await run_in_threadpool(_resolve, db, settings, name)
             await engine.repin(found.target)
     return await _answer(row, engine)
 

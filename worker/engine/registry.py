@@ -21,13 +21,13 @@ from service.errors import Conflict, NotFound, Unavailable
 from service.settings import Settings
 from worker.devices import free_host_memory
 from worker.engine.adapters import Adapter, BaseInfo, fingerprint, read_adapter
-from worker.engine.sleep import free_memory, room_left
+from worker.engine.sleep import STEP_BYTES, free_memory, room_left
 from worker.engine.transfer import on_device
 
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """How much is kept: adapters and their bytes on the device, and bytes on the host of those that left it."""
+    """How much is kept: adapters and their bytes on a device, and, if that is a GPU, bytes of their copies on the host."""
 
     adapters: int
     bytes: int = sys.maxsize
@@ -35,11 +35,16 @@ class Room:
 
 
 def room_for(settings: Settings, device: torch.device) -> Room:
-    """As the settings say; of what is free once base and cache have theirs, half of the device's and a quarter of the host's."""
+    """As the settings say, or a part of what is free once base and cache have theirs.
+
+    That is half of a GPU's memory, all of the host's that a CPU computes from, and of the host's beside a GPU a quarter. Where
+    a limited GPU has nothing left, half of what the cache leaves for steps: it is not nothing, or no adapter came in.
+    """
     host = settings.engine_adapter_host_bytes
     if host is None:
         host = free_host_memory() // 4
-    left = min(free_memory(device), room_left(settings.engine_memory_fraction, device)) // 2
+    free = free_memory(device) // (2 if device.type == "cuda" else 1)
+    left = max(min(free, room_left(settings.engine_memory_fraction, device)), STEP_BYTES // 2)
     return Room(settings.engine_max_adapters, settings.engine_adapter_bytes or left, host)
 
 

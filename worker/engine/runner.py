@@ -81,7 +81,8 @@ class ModelRunner:
         # The memory bound: what every place in the batch could need, within the budget.
         wanted = settings.engine_max_batch * -(-self.max_model_len // BLOCK_SIZE)
         per_block = self.cache.bytes_per_block(self.dtype)
-        free = min(free_memory(self.device) // 2, room_left(settings.engine_memory_fraction, self.device))
+        # The rest is for adapters.
+        free = min(free_memory(self.device) // 2, room_left(settings.engine_memory_fraction, self.device) * 3 // 4)
         budget = settings.engine_cache_bytes or free
         self.num_blocks = num_blocks or max(1, min(wanted, budget // per_block))
         self.cache.allocate(self.num_blocks, self.dtype)

@@ -185,7 +185,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def room_left(fraction: float, device: torch.device) -> int:
-    """Bytes that the cache may take of a limited GPU, once the weights are there."""
+    """Bytes that cache and adapters may take of a limited GPU, once the weights are there."""
     if fraction >= 1 or device.type != "cuda":
         return sys.maxsize
     total = torch.cuda.get_device_properties(device).total_memory

@@ -9,9 +9,8 @@ import torch
 
 from worker.engine.lora import AdapterWeights, LoraPair
 
-_LARGE = (
-    1 << 24
-)  # elements: what is larger (a trained embedding) is a copy of its own, and not moved on the host for it
+# Elements: what is larger (a trained embedding) is a copy of its own, and not moved on the host for it.
+_LARGE = 1 << 24
 _ALIGNED = 64  # elements, so that the kernels' wide reads find every matrix at a multiple of 16 bytes
 
 
