@@ -47,6 +47,22 @@ def test_the_estimate_is_near_what_was_measured_on_an_h100(shape: Shape, gib: fl
     assert found.bytes / GIB == pytest.approx(gib, rel=0.15)
 
 
+# Jobs of lorry's with gradient checkpointing, measured on an H100 80 GB or an H200 (docs/benchmarks.md).
+@pytest.mark.parametrize(
+    ("shape", "tokens", "optim", "gib"),
+    [
+        (LLAMA_1B, PASS, "adamw_8bit", 7.63),
+        (LLAMA_8B, PASS, "adamw_8bit", 18.01),
+        (LLAMA_8B, 2 * 2048, "adamw_8bit", 16.06),
+        (LLAMA_8B, 2 * 2048, "paged_adamw_8bit", 10.87),
+    ],
+)
+def test_the_estimate_of_embeddings_as_halves_is_near_what_jobs_took(
+    shape: Shape, tokens: int, optim: str, gib: float
+) -> None:
+    assert estimate(spec(training__optim=optim), shape, tokens).bytes / GIB == pytest.approx(gib, rel=0.05)
+
+
 @pytest.mark.parametrize("shape", [LLAMA_1B, LLAMA_8B])
 @pytest.mark.parametrize(
     "changes",
