@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -355,7 +356,7 @@ def test_without_an_engine_of_the_base_it_is_409_or_503_if_one_is_away(
         assert api.http.post("/v1/chat/completions", json=chat).status_code == 503
 
 
-def test_a_vllm_server_may_be_among_them(all_up: Farm, make_settings: Callable[..., Settings]) -> None:
+def test_a_vllm_server_may_be_among_them(all_up: Farm, tmp_path: Path, make_settings: Callable[..., Settings]) -> None:
     farm = all_up
     server = uvicorn.Server(uvicorn.Config(vllm(farm.a), host="127.0.0.1", port=0, log_config=None))
     thread = threading.Thread(target=server.run, daemon=True)
@@ -371,12 +372,17 @@ def test_a_vllm_server_may_be_among_them(all_up: Farm, make_settings: Callable[.
             streams.begin()
             streams.begin()  # one each: what follows goes to the vLLM server first
             until(lambda: running(farm.b) == 1)
+            own = shutil.copytree(farm.folders["two"], tmp_path / "own")
+            register(api.db, "own", own, farm.b.base, config={"train_embeddings": True})
+            assert api.http.post("/v1/adapters/own/load").status_code == 200
+            assert farm.holding("own") == [farm.b]
             one = api.http.post("/generate", json={"adapter": "one", "prompt": "import os", "max_new_tokens": 8})
             assert one.json()["text"] == expected
             assert farm.holding("one") == [farm.a]
         # A conversation for the base is rendered with the template that lorry's engine tells, wherever it goes.
         body = {"messages": [{"role": "user", "content": "x"}], "max_new_tokens": 8}
         assert api.http.post("/generate", json=body).json()["text"] == chat
+        assert api.http.delete("/v1/adapters/own").status_code == 200
     server.should_exit = True
     thread.join(10)
 
