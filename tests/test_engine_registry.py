@@ -27,16 +27,13 @@ def runner(tiny_base: Path) -> ModelRunner:
     return ModelRunner(engine_settings(tiny_base))
 
 
-class Reads(list[str]):
-    """What was read from where."""
-
-
 @pytest.fixture
-def reads() -> Reads:
-    return Reads()
+def reads() -> list[str]:
+    """From where each adapter was read."""
+    return []
 
 
-def registry(runner: ModelRunner, reads: Reads, room: Room) -> AdapterRegistry:
+def registry(runner: ModelRunner, reads: list[str], room: Room) -> AdapterRegistry:
     return AdapterRegistry(runner.base_info(), room, runner.bank.install, on_read=reads.append)
 
 
@@ -45,7 +42,7 @@ def names(found: AdapterRegistry) -> list[str]:
 
 
 def test_adapters_beyond_the_bytes_leave_the_least_recently_used_first(
-    runner: ModelRunner, reads: Reads, adapters: dict[str, Path]
+    runner: ModelRunner, reads: list[str], adapters: dict[str, Path]
 ) -> None:
     sizes = {n: registry(runner, reads, Room(1)).load(n, adapters[n]).bytes for n in ("small", "patterns", "full")}
     assert sizes["small"] < sizes["full"]
@@ -59,7 +56,7 @@ def test_adapters_beyond_the_bytes_leave_the_least_recently_used_first(
 
 
 def test_a_pinned_adapter_stays_until_it_is_unpinned(
-    runner: ModelRunner, reads: Reads, adapters: dict[str, Path]
+    runner: ModelRunner, reads: list[str], adapters: dict[str, Path]
 ) -> None:
     found = registry(runner, reads, Room(2))
     found.load("small", adapters["small"], pinned=True)
@@ -75,7 +72,7 @@ def test_a_pinned_adapter_stays_until_it_is_unpinned(
 
 
 def test_no_room_is_told_and_nothing_leaves_for_it(
-    runner: ModelRunner, reads: Reads, adapters: dict[str, Path]
+    runner: ModelRunner, reads: list[str], adapters: dict[str, Path]
 ) -> None:
     found = registry(runner, reads, Room(2))
     found.load("small", adapters["small"], pinned=True)
@@ -96,7 +93,7 @@ def test_no_room_is_told_and_nothing_leaves_for_it(
 
 
 def test_a_gpu_without_memory_for_it_is_told(
-    runner: ModelRunner, reads: Reads, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    runner: ModelRunner, reads: list[str], adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = registry(runner, reads, Room(2))
     first = found.load("small", adapters["small"])
@@ -121,7 +118,7 @@ def another_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("another_device")
 def test_an_adapter_that_left_comes_back_from_the_host_unless_its_files_are_others(
-    runner: ModelRunner, reads: Reads, adapters: dict[str, Path], tmp_path: Path
+    runner: ModelRunner, reads: list[str], adapters: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = shutil.copytree(adapters["small"], tmp_path / "adapter")
     found = registry(runner, reads, Room(1, host_bytes=1 << 30))
@@ -142,7 +139,7 @@ def test_an_adapter_that_left_comes_back_from_the_host_unless_its_files_are_othe
 
 
 @pytest.mark.usefixtures("another_device")
-def test_the_host_keeps_what_its_bytes_allow(runner: ModelRunner, reads: Reads, adapters: dict[str, Path]) -> None:
+def test_the_host_keeps_what_its_bytes_allow(runner: ModelRunner, reads: list[str], adapters: dict[str, Path]) -> None:
     size = registry(runner, reads, Room(1)).load("full", adapters["full"]).bytes
     reads.clear()
     found = registry(runner, reads, Room(1, host_bytes=size))

@@ -215,10 +215,7 @@ def tensors_of(model: torch.nn.Module, adapters: Iterable[AdapterWeights]) -> It
         yield from _nf4_state(getattr(parameter, "quant_state", None))
     yield from model.buffers()
     for weights in adapters:
-        for pair in weights.pairs.values():
-            yield from (pair.a, pair.b)
-        yield from weights.full.values()
-        yield from weights.bias.values()
+        yield from weights.tensors
 
 
 def _nf4_state(state: Any) -> Iterator[torch.Tensor]:
